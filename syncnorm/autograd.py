@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.errors import InputError
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
@@ -91,9 +91,11 @@ class Normalize(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, mask = ctx.saved_tensors
-        who = observed.observer(grad_output)
-        if who is not None and who != observed.FAKE:
-            grads = formula_gradient(who, ctx.gradient_means, grad_output, x, weight, mask, invstd)
+        tracer = tracing.tracer_of(grad_output)
+        if tracer is not None and tracer != tracing.FAKE:
+            grads = formula_gradient(
+                tracer, ctx.gradient_means, grad_output, x, weight, mask, invstd
+            )
             return *_typed(*grads, weight, ctx.bias_dtype), None, None, None, None, None
         saved = (grad_output, x, weight, mean, invstd, mask)
         how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
@@ -107,11 +109,11 @@ class Normalize(torch.autograd.Function):
 
 
 def formula_gradient(
-    who: str, gradient_means: GradientMeans, *args: Any
+    tracer: str, gradient_means: GradientMeans, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias in operators that torch batches and differentiates itself."""
     if not gradient_means.is_local:
-        raise observed.refuse(who, "the backward pass")
+        raise tracing.refuse(tracer, "the backward pass")
     return formula.gradient(*args)
 
 
@@ -211,16 +213,16 @@ class _Gradient(torch.autograd.Function):
     def _backward(ctx, saved, v, u, t):
         """The gradients by g, x and weight."""
         g, x, weight, mean, invstd, mask, *means = saved
-        who = next(
-            filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None
+        tracer = next(
+            filter(None, (tracing.tracer_of(each) for each in (v, u, t) if each is not None)), None
         )
-        if who is not None and who != observed.FAKE:
+        if tracer is not None and tracer != tracing.FAKE:
             with torch.enable_grad():
                 # Views, so that what g is made from is not gone through.
                 g, x, weight = (
                     None if each is None else each.view_as(each) for each in (g, x, weight)
                 )
-                grads = formula_gradient(who, ctx.gradient_means, g, x, weight, mask, invstd)
+                grads = formula_gradient(tracer, ctx.gradient_means, g, x, weight, mask, invstd)
             return _pull_back(_typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight))
         wide = torch.promote_types(x.dtype, torch.float32)
         v = torch.zeros_like(x) if v is None else v

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import debug, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
@@ -151,7 +151,7 @@ def check_bounds(
                 "schedule."
             )
         if isinstance(value, Tensor) and (
-            torch.compiler.is_compiling() or observed.observer(value) is not None
+            torch.compiler.is_compiling() or tracing.tracer_of(value) is not None
         ):
             continue
         is_free = not isinstance(value, Tensor) or is_host(value) or debug.is_on

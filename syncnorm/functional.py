@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from syncnorm import checks, inference, observed, ops
+from syncnorm import checks, inference, ops, tracing
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels
@@ -16,7 +16,7 @@ from syncnorm.undocumented import unseen_by_selective_checkpoint
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
 
 
-@observed.function_call
+@tracing.function_call
 def sync_batch_norm(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -91,7 +91,7 @@ def sync_batch_norm(
     return _train(x, mask, weight, bias, eps, process_group, "sync_batch_norm", None, update)
 
 
-@observed.function_call
+@tracing.function_call
 def sync_batch_renorm(
     x: Tensor,
     running_mean: Tensor,
@@ -192,7 +192,7 @@ def _train(
 ) -> Tensor:
     """The training forward of a function."""
     local = ops.local_sums(x, mask, weight, bias)
-    if local.observer is not None:
+    if local.tracer is not None:
         statistic = ops.statistic_if_alone(local, process_group, name)
     else:
         statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
@@ -55,10 +55,10 @@ class FusedNormalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, rows, mask = ctx.saved_tensors
         g = g.resolve_neg()
-        who = observed.observer(g)
+        tracer = tracing.tracer_of(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if is_seen or (who is not None and who != observed.FAKE):
-            grads = _differentiable(ctx, g, x, weight, rows, mask, who)
+        if is_seen or (tracer is not None and tracer != tracing.FAKE):
+            grads = _differentiable(ctx, g, x, weight, rows, mask, tracer)
             return *grads, *_NO_GRADIENTS
         local, grad_weight, grad_bias = ctx.kernels.backward_sums(
             g, x, rows, None if weight is None else weight.dtype, ctx.bias_dtype
@@ -81,16 +81,16 @@ def _differentiable(
     weight: Tensor | None,
     rows: Tensor,
     mask: Tensor | None,
-    who: str | None,
+    tracer: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradient in operators that torch knows: batched, differentiated again or compiled."""
     mean, _, invstd, *correction = rows.unbind()
     folded = weight
     if correction:
         folded = correction[0] if weight is None else weight * correction[0]
-    if who is not None and who != observed.FAKE:
+    if tracer is not None and tracer != tracing.FAKE:
         dx, sum_g_xhat, sum_g = formula_gradient(
-            who, ctx.gradient_means, g, x, folded, mask, invstd
+            tracer, ctx.gradient_means, g, x, folded, mask, invstd
         )
     else:
         dx, sum_g_xhat, sum_g = differentiable_gradient(

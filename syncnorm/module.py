@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, inference, observed, ops
+from syncnorm import checks, inference, ops, tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.maths import renorm
 from syncnorm.maths.lagged import Lagged
@@ -154,8 +154,8 @@ class SyncNorm(_BatchNorm):
         The mask holds weights >= 0, broadcastable to (N, 1, *S), for statistics of the batch only.
         `input` is torch's name for x.
         """
-        if type(x) is not Tensor and isinstance(x, observed.Proxy):
-            return observed.module_call(self, x, mask)
+        if type(x) is not Tensor and isinstance(x, tracing.Proxy):
+            return tracing.module_call(self, x, mask)
         if x is None or input is not None:
             x = checks.one_input(x, input)
         checks.check_input(x, self.num_features)
@@ -181,7 +181,7 @@ class SyncNorm(_BatchNorm):
         """
         weight, bias = self.weight, self.bias
         local = ops.local_sums(x, mask, weight, bias)
-        is_traced = local.is_compiled or local.observer is not None
+        is_traced = local.is_compiled or local.tracer is not None
         statistic = repeated.find(self) if local.is_repeated and not is_traced else None
         if statistic is None:
             statistic = self.new_statistic(local)
@@ -195,8 +195,8 @@ class SyncNorm(_BatchNorm):
     def new_statistic(self, local: LocalSums) -> Statistic:
         """The statistic to normalise a batch by. Here workers exchange."""
         source = self.statistics
-        if local.observer is not None:
-            return source.observed_statistic(self, local)
+        if local.tracer is not None:
+            return source.traced_statistic(self, local)
         statistic = source.statistic(self, local)
         checks.check_count(statistic, self._warn_once)
         return statistic
@@ -206,8 +206,8 @@ class SyncNorm(_BatchNorm):
 
         Called after each forward that is not frozen and no repetition.
         """
-        if local.observer is not None:
-            with observed.updating(local.observer, self.label):
+        if local.tracer is not None:
+            with tracing.updating(local.tracer, self.label):
                 self.statistics.record(self, local, statistic.moments)
             return
         if not local.is_compiled:

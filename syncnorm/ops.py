@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm import checks, compiled, faults, observed, undocumented
+from syncnorm import checks, compiled, faults, tracing, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
@@ -29,8 +29,8 @@ from syncnorm.fused import apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
     Moments,
-    Observed,
     Raw,
+    Traced,
     Unread,
     average_factor,
     reciprocal,
@@ -59,8 +59,8 @@ class LocalSums(NamedTuple):
     does not know: see `compiled.unless_repeated`."""
     is_compiled: bool = False
     """True in code that is being compiled: no number is there to be looked at."""
-    observer: str | None = None
-    """The name of what looks at operators rather than numbers; see `syncnorm.observed`."""
+    tracer: str | None = None
+    """The name of what follows operators rather than numbers; see `syncnorm.tracing`."""
     kernels: ModuleType | None = None
     """The kernels that finish the statistic themselves; None where it is finished here."""
     has_several: bool = False
@@ -83,12 +83,12 @@ def local_sums(
     """
     if type(x) is not Tensor:
         checks.check_local(x)
-    who = observed.observer(x)
+    tracer = tracing.tracer_of(x)
     is_compiled = torch.compiler.is_compiling()
     # `is_recomputing()`, but for a call in every forward.
     is_repeated = not is_compiled and undocumented.backward_pass() != -1
     # A meta tensor stands for one of a device, whose launches can so be looked at without it.
-    is_plain = who is None or (who == observed.FAKE and x.is_meta)
+    is_plain = tracer is None or (tracer == tracing.FAKE and x.is_meta)
     chosen = kernels.fused_for(x, mask, weight, bias) if is_plain else None
     if chosen is not kernels.native:  # whose tensors are all in memory
         checks.check_devices(x, mask=mask, weight=weight, bias=bias)
@@ -111,16 +111,16 @@ def local_sums(
             fault,
             mask,
             is_repeated,
-            observer=who,
+            tracer=tracer,
             kernels=chosen,
             has_several=has_several,
         )
     with torch.no_grad():
-        if who is not None:
+        if tracer is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
             sums = formula.raw_sums(x.detach(), clean)
-            return LocalSums(sums, clean, None, mask, is_repeated, observer=who)
+            return LocalSums(sums, clean, None, mask, is_repeated, tracer=tracer)
         if mask is None:
             sums = kernels.local_moments(x.detach(), None)
             return LocalSums(sums, None, None, None, is_repeated, is_compiled)
@@ -243,15 +243,15 @@ def pooled_statistic(
 def statistic_if_alone(
     local: LocalSums, process_group: groups.Spec | groups.GroupHandle, name: str
 ) -> Statistic:
-    """The moments of the batch where something looks at operators, and would not see an exchange.
+    """The moments of the batch in front of a tracer, which would not see an exchange.
 
     Raises:
         InputError: there are others in `process_group` to exchange with. (Fake tensors have nothing
             to exchange.)
     """
-    if local.observer == observed.FAKE or _is_alone(process_group):
+    if local.tracer == tracing.FAKE or _is_alone(process_group):
         return local_statistic(local, name)
-    raise observed.refuse(local.observer or "", name)
+    raise tracing.refuse(local.tracer or "", name)
 
 
 def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
@@ -264,12 +264,12 @@ def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
 
 def local_statistic(local: LocalSums, name: str) -> Statistic:
     """The moments of this worker's batch. *Collectives*: none."""
-    if local.observer is None:
+    if local.tracer is None:
         return pooled_statistic(local, None, name)
     if local.kernels is not None:
         batch = Raw(local.sums, local.has_several)
     else:
-        batch = Observed.of_sums(local.sums)
+        batch = Traced.of_sums(local.sums)
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
 
 
@@ -294,7 +294,7 @@ def normalize(
         eps: added to the variance.
         mask: weights (N, 1, *S) or None.
     """
-    if isinstance(statistic.moments, Observed) and observed.observer(x) != observed.FAKE:
+    if isinstance(statistic.moments, Traced) and tracing.tracer_of(x) != tracing.FAKE:
         return formula.normalize(x, weight, bias, mask, eps)
     moments, anchor = statistic.moments, _anchor(weight, bias, statistic)
     return Normalize.apply(

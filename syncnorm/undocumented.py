@@ -121,13 +121,13 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# Observers of operators. Every call of a layer asks these: they are torch's own functions.
+# Tracers of operators, see `syncnorm.tracing`. Every call of a layer asks these: they are torch's own functions.
 
 has_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """True within a transform of torch.func."""
 
 
-def traced_observer() -> str | None:
+def dynamo_tracer() -> str | None:
     """What is given the operators of code that is being compiled or exported; None: the compiler.
 
     Dynamo enters the transforms of torch.func while it traces what is within them, and guards on
@@ -142,7 +142,7 @@ def traced_observer() -> str | None:
 
 # As torch.compiler.assume_constant_result, without its import of Dynamo, which would otherwise
 # answer for itself: in torch 2.11, that whatever it compiles is exported.
-traced_observer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+dynamo_tracer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 """True within torch.jit.trace."""

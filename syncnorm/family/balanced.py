@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from syncnorm import observed, ops
+from syncnorm import ops, tracing
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
@@ -136,7 +136,7 @@ class BalancedBatchNorm(PooledBatchNorm):
         total = pooled_sum(local, self.group, self)
         channels = self.num_features
         count, values, first, second = total.split((1, 1, channels, channels), 1)
-        if observed.is_readable(count) and count[0].isnan():
+        if tracing.is_readable(count) and count[0].isnan():
             raise FaultError(
                 f"`tasks` must be in 0 ... {self.num_tasks - 1}, one for each sample of x, in "
                 f"{self.label}; some worker's are not. Nothing was updated."

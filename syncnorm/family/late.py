@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.layer import Pooling
@@ -134,7 +134,7 @@ def is_faulty(total: Tensor) -> bool:
 
     On other devices nobody looks; statistics stay where the count is not above 0.
     """
-    return observed.is_readable(total) and bool(total[-1].isnan())
+    return tracing.is_readable(total) and bool(total[-1].isnan())
 
 
 def mask_fault(layer: Pooling) -> FaultError:

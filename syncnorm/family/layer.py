@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, observed, ops, undocumented
+from syncnorm import checks, ops, tracing, undocumented
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.family.passes import affine
@@ -67,7 +67,7 @@ class Pooling(nn.Module):
     @property
     def group(self) -> groups.Group | None:
         """The workers that it pools with; None: nobody. Fake tensors have nothing to exchange."""
-        is_alone = not self.is_pooled or observed.is_fake(self)
+        is_alone = not self.is_pooled or tracing.is_fake(self)
         return None if is_alone else groups.statistics_group(self.workers)
 
     def arguments(self) -> str:

@@ -1,7 +1,7 @@
 """Passes over x that methods share, with gradients: few, by kernels or over blocks in a cache.
 
 What a method derives from them has (C,) or (N, C) numbers, which are left to autograd. Where a
-gradient is to be differentiated, and in front of what looks at operators, plain operators run. On a
+gradient is to be differentiated, and in front of a tracer, plain operators run. On a
 CPU multiplications, sums and signs are fast; comparisons and choices by booleans are not.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm import observed, ops
+from syncnorm import ops, tracing
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Packed
 from syncnorm.maths.shapes import facing
@@ -75,7 +75,7 @@ def affine(x: Tensor, mean: Tensor | None, scale: Tensor | None, shift: Tensor |
     """
     if mean is None and scale is None and shift is None:
         return x
-    if torch.compiler.is_compiling() or observed.observer(x) is not None:
+    if torch.compiler.is_compiling() or tracing.tracer_of(x) is not None:
         return by_operators(x, mean, scale, shift)
     wide = (None if each is None else each.double() for each in (mean, scale, shift))
     return _Affine.apply(x, *wide)  # pyright: ignore[reportReturnType]
@@ -175,7 +175,7 @@ class _SampleSums(torch.autograd.Function):
 
 def by_own_rms(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """Divide x by sqrt(mean x^2 + eps) over some dimensions within a sample; a function of x."""
-    if torch.compiler.is_compiling() or observed.observer(x) is not None:
+    if torch.compiler.is_compiling() or tracing.tracer_of(x) is not None:
         return _by_own_rms(x, dims, eps)[0]
     return _ByOwnRms.apply(x, dims, eps)  # pyright: ignore[reportReturnType]
 

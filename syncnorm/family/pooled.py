@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from syncnorm import observed, ops
+from syncnorm import ops, tracing
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
@@ -122,7 +122,7 @@ def _total(
     """Sum [w x, w x^2, w] for each weighting over all workers, (R, 2C+1)."""
     local = torch.cat([ops.message_of(ops.local_sums(x, each)) for each in weights])
     total = exchange.sum_(local, group, "moments", name).view(len(weights), -1)
-    if observed.is_readable(total) and any(map(math.isnan, total[:, -1].tolist())):
+    if tracing.is_readable(total) and any(map(math.isnan, total[:, -1].tolist())):
         # Of two weightings the second is what the first leaves of 1.
         rule = "finite weights >= 0" if len(weights) == 1 else "weights in [0, 1]"
         raise FaultError(f"`mask` must hold {rule}, in {name}. Nothing was updated.")
@@ -145,7 +145,7 @@ def moments_of_sums(
         name: of the layer, for errors.
         total: (R, 2C+1), [sum w x, sum w x^2, sum w] over all workers, float64.
     """
-    moments = Raw if observed.is_readable(total) else Unread.of_sums
+    moments = Raw if tracing.is_readable(total) else Unread.of_sums
     parts = [moments(row) for row in total]
     mean = torch.stack([part.mean for part in parts])
     var = torch.stack([part.var for part in parts])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, observed, ops
+from syncnorm import checks, ops, tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import InputError
@@ -113,7 +113,7 @@ class SquareNorm(FamilyLayer):
 
     def is_warming_up(self, steps: int) -> bool:
         """True in the first `steps` training forwards that had samples, and for fake tensors."""
-        if observed.is_fake(self):
+        if tracing.is_fake(self):
             return True
         # On other devices the counter is not looked at while it cannot tell anything new.
         is_due = not self._is_warmed_up and self._forwards_left <= 0

@@ -126,8 +126,8 @@ class Raw(Moments):
         return _finish(self.packed[0], self.n) if rows is None else rows
 
 
-class Observed(Unread):
-    """Moments in front of something that looks at operators: see `syncnorm.observed`."""
+class Traced(Unread):
+    """Moments in front of a tracer of operators: see `syncnorm.tracing`."""
 
 
 def reciprocal(count: float | Tensor) -> float | Tensor:

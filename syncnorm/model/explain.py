@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
@@ -274,7 +274,7 @@ def _schedule(layer: nn.Module) -> dict[str, Any]:
     if (
         not isinstance(layer, SyncBatchRenorm)
         or layer.num_batches_tracked is None
-        or observed.is_fake(layer)
+        or tracing.is_fake(layer)
     ):
         return {}
     r_max, d_max = layer.bounds()

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from syncnorm import checks, observed, ops
+from syncnorm import checks, ops, tracing
 from syncnorm.family.layer import Pooling
 from syncnorm.model.makers import Makers
 from syncnorm.model.norm_parameters import is_norm
@@ -122,7 +122,7 @@ def _variances(
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = checks.input_of(args, kwargs)
-            if observed.observer(x) is not None:
+            if tracing.tracer_of(x) is not None:
                 return
             by_channel = x.detach().transpose(0, 1).flatten(1).cpu().double()
             variance = by_channel.var(1, correction=0).mean().item()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import faults, inference, observed, ops
+from syncnorm import faults, inference, ops, tracing
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import InputError
@@ -86,13 +86,13 @@ class How:
 
     def evaluate(self, layer: _BatchNorm, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
         """The evaluation forward of a layer."""
-        if self.statistics == "running" or observed.observer(x) == observed.FAKE:
+        if self.statistics == "running" or tracing.tracer_of(x) == tracing.FAKE:
             kept = layer.running_mean, layer.running_var
             return inference.evaluate(x, *kept, layer.weight, layer.bias, layer.eps)
         local = ops.local_sums(x, mask)
-        if local.observer is not None:
+        if local.tracer is not None:
             raise InputError(
-                f'`statistics` must be "running" under {local.observer}, got {self.statistics!r} '
+                f'`statistics` must be "running" under {local.tracer}, got {self.statistics!r} '
                 f"for {name}: an exchange would be no part of it. Leave the block first."
             )
         mean, var, a = self._batch(layer, x, local, name)
@@ -135,7 +135,7 @@ class How:
         self, layer: FamilyLayer, x: Tensor, weights: tuple[Tensor | None, ...]
     ) -> Tensor:
         """The evaluation forward of a layer of the family, before weight and bias."""
-        if self.statistics == "running" or observed.observer(x) == observed.FAKE:
+        if self.statistics == "running" or tracing.tracer_of(x) == tracing.FAKE:
             return layer.evaluate(x)
         count, batch = layer.batch_statistics(x, self.group, *weights)  # pyright: ignore[reportCallIssue]
         samples = torch.full((), float(x.shape[0]), dtype=torch.float64, device=x.device)

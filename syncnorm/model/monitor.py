@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.device import layer_device
 from syncnorm.layers import SyncBatchRenorm
@@ -111,7 +111,7 @@ class Monitor:
 
 def _read(layers: dict[str, SyncNorm]) -> dict[str, Figures]:
     """The figures of each layer, by name; all None for fake tensors."""
-    if any(observed.is_fake(layer) for layer in layers.values()):
+    if any(tracing.is_fake(layer) for layer in layers.values()):
         return {name: dict.fromkeys(_NAMES) for name in layers}
     grouped = _by_group(layers)
     tables = [_figures(list(some.values()), group) for group, some in grouped]

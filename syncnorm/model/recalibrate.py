@@ -25,7 +25,7 @@ from syncnorm.model.modes import evaluating, kept
 from syncnorm.model.sample import call, check_batches, check_not_lazy, uncompiled
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.source import Source, untraced_forward
+from syncnorm.statistics.source import Source, uncompiled_forward
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -164,7 +164,7 @@ class _Recording(Source):
     """Local statistics, whose sums are collected; running statistics are not updated."""
 
     is_lent = True
-    forward = untraced_forward
+    forward = uncompiled_forward
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
         self.keep = keep
@@ -174,7 +174,7 @@ class _Recording(Source):
         self.keep(local.sums)
         return statistic
 
-    observed_statistic = statistic
+    traced_statistic = statistic
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         pass

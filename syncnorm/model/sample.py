@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from syncnorm import checks, observed
+from syncnorm import checks, tracing
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
@@ -159,5 +159,5 @@ def evaluating_untouched(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 # Only where it changed: a write would invalidate what a later backward pass needs.
-                if not observed.is_fake(module) and not torch.equal(buffer, value):
+                if not tracing.is_fake(module) and not torch.equal(buffer, value):
                     buffer.copy_(value)

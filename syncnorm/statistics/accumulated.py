@@ -40,7 +40,7 @@ class Accumulating(Lent):
         return self.source.evaluate(layer, x, mask)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
-        if local.observer is None and layer.is_tracking:
+        if local.tracer is None and layer.is_tracking:
             sums, is_raw = moments.packed
             assert is_raw
             self.total = sums if self.total is None else self.total + sums

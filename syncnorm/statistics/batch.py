@@ -26,7 +26,7 @@ class BatchSource(Source):
         group = groups.statistics_group(layer.workers)
         return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
 
-    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+    def traced_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         return ops.statistic_if_alone(local, layer.workers, layer.label)
 
 
@@ -36,7 +36,7 @@ class LocalSource(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         return ops.local_statistic(local, layer.label)
 
-    observed_statistic = statistic
+    traced_statistic = statistic
 
 
 class BatchMode(Mode):

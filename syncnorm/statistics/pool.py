@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host, layer_device
 from syncnorm.errors import FaultError, InputError
@@ -29,7 +29,7 @@ from syncnorm.ops import LocalSums
 from syncnorm.shards import LateShard, Shard
 from syncnorm.statistics.buffers import CurrentBuffers, written
 from syncnorm.statistics.flat import FlatMessage, zeros
-from syncnorm.statistics.source import Source, Unattached, untraced_forward
+from syncnorm.statistics.source import Source, Unattached, uncompiled_forward
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
 
@@ -119,11 +119,11 @@ class RunningPool:
         return any(
             each.training and each.statistics is self.source and not each.has_frozen_statistics
             for each in layers
-        ) and not observed.is_fake(next(iter(layers)))
+        ) and not tracing.is_fake(next(iter(layers)))
 
     def collect(self, layer: SyncNorm, local: LocalSums) -> None:
         """Keep the sums of a call for the step's message."""
-        if local.observer is not None:
+        if local.tracer is not None:
             return
         name, kept = self.names[layer], self._collected
         if kept.tracked is None:
@@ -304,7 +304,7 @@ class PooledSource(Source):
 
     pool: RunningPool
     _steps: Steps
-    forward = untraced_forward
+    forward = uncompiled_forward
 
     @property
     def steps(self) -> Steps:

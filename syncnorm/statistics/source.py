@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from syncnorm import observed, ops
+from syncnorm import ops, tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
@@ -77,14 +77,14 @@ class Source(ABC):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         """The statistic that normalises this batch. Of a frozen layer's nothing is kept."""
 
-    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        """The same where something looks at operators, and would not see an exchange.
+    def traced_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        """The same in front of a tracer, which would not see an exchange.
 
         Raises:
             InputError: the source cannot do without one; by default, but for fake tensors.
         """
-        if local.observer != observed.FAKE:
-            raise observed.refuse(local.observer or "", layer.label)
+        if local.tracer != tracing.FAKE:
+            raise tracing.refuse(local.tracer or "", layer.label)
         return ops.local_statistic(local, layer.label)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
@@ -162,7 +162,7 @@ def _itself(source: Source) -> Source:
 
 
 @disable_dynamo
-def untraced_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+def uncompiled_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
     """The `forward` of a source that compiled code calls rather than contains."""
     forward = layer.train_forward
     if count_dispatch_modes():  # which a compiled forward of the layer does not look at
@@ -180,9 +180,9 @@ class Unattached(Source):
     """The source of modes in which layers act together: an error until `prepare_ddp` has introduced them."""
 
     is_attached = False
-    forward = untraced_forward
+    forward = uncompiled_forward
 
-    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+    def traced_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         return ops.statistic_if_alone(local, layer.workers, layer.label)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:

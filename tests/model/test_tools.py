@@ -31,10 +31,10 @@ from syncnorm import (
     explain,
     functional,
     monitor,
-    observed,
     prepare_ddp,
     register_adapter,
     revert,
+    tracing,
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
@@ -339,7 +339,7 @@ def test_what_looks_is_known_by_name():
     seen: list[str | None] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(observed.observer(x))
+        seen.append(tracing.tracer_of(x))
         return x * 1
 
     x = torch.ones(2)
@@ -360,7 +360,7 @@ def test_what_looks_is_known_by_name():
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         look(x)
     look(nn.Parameter(x))
-    fake = observed.FAKE
+    fake = tracing.FAKE
     expected = [
         None,
         "a transform of torch.func",

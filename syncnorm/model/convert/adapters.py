@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from syncnorm import checks, observed
+from syncnorm import checks, tracing
 from syncnorm.errors import InputError
 from syncnorm.module import SyncNorm
 
@@ -117,8 +117,8 @@ class _Adapted(Over):
     ) -> Tensor:
         if x is None or input is not None:
             x = checks.one_input(x, input)
-        if isinstance(x, observed.Proxy):  # one call of the module, what it does besides included
-            return observed.module_call(self, x, mask)  # pyright: ignore[reportArgumentType]
+        if isinstance(x, tracing.Proxy):  # one call of the module, what it does besides included
+            return tracing.module_call(self, x, mask)  # pyright: ignore[reportArgumentType]
         ours, theirs = self.made_of
         adapter = adapter_of(theirs)
         if adapter is None:

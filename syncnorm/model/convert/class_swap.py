@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncnorm import checks, observed
+from syncnorm import checks, tracing
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.precision import HALF_TYPES
@@ -141,7 +141,7 @@ def swap_in(layer: _BatchNorm, name: str, request: Request) -> None:
 def _reset_clock(layer: _BatchNorm, original: Original, to: type[SyncNorm]) -> None:
     """Begin a schedule's clock at 0 for renormalisation; restore the count on the way back."""
     counter = layer.num_batches_tracked
-    if counter is None or observed.is_fake(layer):
+    if counter is None or tracing.is_fake(layer):
         return
     with torch.no_grad():
         if issubclass(to, SyncBatchRenorm) and not isinstance(layer, SyncBatchRenorm):

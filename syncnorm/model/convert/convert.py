@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
@@ -329,7 +329,7 @@ def conversion_table(module: nn.Module) -> str:
         elif (original := original_of(layer)) is not None and isinstance(layer, SyncNorm):
             counter = layer.num_batches_tracked
             count = (
-                "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
+                "none" if counter is None else "?" if tracing.is_fake(layer) else str(int(counter))
             )
             if isinstance(layer, SyncBatchRenorm) and not issubclass(original.cls, SyncBatchRenorm):
                 count = f"{original.counted} before, {count} since: the schedule's clock"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
-from syncnorm import observed
+from syncnorm import tracing
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family import OnlineNorm
@@ -125,7 +125,7 @@ def make(
 def _replaced(layer: _BatchNorm) -> Replaced:
     """The record of a batch norm; of a converted one of what it was before."""
     tracked = layer.num_batches_tracked
-    counted = 0 if tracked is None or observed.is_fake(layer) else int(tracked)
+    counted = 0 if tracked is None or tracing.is_fake(layer) else int(tracked)
     was = original_of(layer)
     if was is None:
         was = Original(own_class(layer))

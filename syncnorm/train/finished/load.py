@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from syncnorm import observed, rng
+from syncnorm import rng, tracing
 from syncnorm.device import model_device
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
@@ -92,7 +92,7 @@ def _warn_of_fractions(x: Tensor, inputs: Inputs) -> None:
     if torch.compiler.is_compiling() or inputs.dtype != "uint8" or not x.is_floating_point():
         return
     # A transform, a tracer or a graph has no values to look at.
-    if x.device.type != "cpu" or observed.observer(x) is not None:
+    if x.device.type != "cpu" or tracing.tracer_of(x) is not None:
         return
     x = x.detach()
     if x.numel() and 0 < float(x.amax()) <= 1 and bool((x != x.round()).any()):

@@ -1,6 +1,8 @@
-"""Observers of a call's operators rather than of its numbers: transforms, tracers, fake tensors.
+"""Tracers: what follows the operators of a call rather than its numbers.
 
-torch.compile is not among them: code can ask whether it is being compiled (see `syncnorm.compiled`).
+Transforms of torch.func, torch.jit.trace, make_fx, torch.export, fake tensors and the like. They would not
+see an exchange, and a look at a number fails or is recorded. torch.compile is not among them: code
+can ask whether it is being compiled (see `syncnorm.compiled`).
 """
 
 from __future__ import annotations
@@ -19,26 +21,26 @@ from syncnorm.errors import InputError
 from syncnorm.undocumented import (
     FakeTensor,
     count_dispatch_modes,
+    dynamo_tracer,
     forward_mode_level,
     has_fake_mode,
     has_legacy_batch,
     has_proxy_mode,
     has_transform,
     is_tracing,
-    traced_observer,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FAKE = "fake tensors"
-"""An observer that has shapes and types and no numbers: meta tensors, too."""
+"""The tracer that has shapes and types and no numbers: meta tensors, too."""
 
 
-def observer(t: Tensor) -> str | None:
-    """Name the observer of the operators on `t`, as errors do; None in an ordinary call."""
+def tracer_of(t: Tensor) -> str | None:
+    """Name the tracer of the operators on `t`, as errors do; None in an ordinary call."""
     if torch.compiler.is_compiling():
         # What is exported or transformed is the operators: the gradient has to be found in them.
-        return traced_observer()
+        return dynamo_tracer()
     if not (
         has_transform()
         or is_tracing()
@@ -71,34 +73,34 @@ def _name(t: Tensor) -> str | None:
 def is_fake(module: nn.Module) -> bool:
     """True if the module's own tensors have no numbers."""
     first = first_tensor(module)
-    return first is not None and observer(first) == FAKE
+    return first is not None and tracer_of(first) == FAKE
 
 
 def is_readable(t: Tensor) -> bool:
     """True if t has numbers, and they may be looked at without a wait for a device."""
-    return is_host(t) and observer(t) != FAKE
+    return is_host(t) and tracer_of(t) != FAKE
 
 
-def refuse(who: str, name: str) -> InputError:
-    """Return the error for an exchange that the observer `who` would not see.
+def refuse(tracer: str, name: str) -> InputError:
+    """Return the error for an exchange that the tracer would not see.
 
     Raised before any exchange, so on all ranks that run the same code.
     """
     return InputError(
-        f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in "
+        f"`sync` must leave the statistics to this worker alone under {tracer}, got an exchange in "
         f'{name or "a call"} that would be no part of it. Use evaluation mode, or sync="none", or '
         "torch's layers by revert(model)."
     )
 
 
 @contextmanager
-def updating(who: str, name: str) -> Iterator[None]:
+def updating(tracer: str, name: str) -> Iterator[None]:
     """Name the remedy where running statistics cannot be updated within a transform."""
     try:
         yield
     except RuntimeError as error:
         raise InputError(
-            f"`track_running_stats` must be False under {who}, or the buffers an argument of what "
+            f"`track_running_stats` must be False under {tracer}, or the buffers an argument of what "
             "is transformed (see torch.func.functional_call), got running statistics that cannot "
             f"be updated there in {name}. Build the layer without them, or use evaluation mode."
         ) from error
