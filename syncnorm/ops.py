@@ -89,8 +89,8 @@ def local_sums(
     is_repeated = not is_compiled and undocumented.backward_pass() != -1
     # A meta tensor stands for one of a device, whose launches can so be looked at without it.
     is_plain = tracer is None or (tracer == tracing.FAKE and x.is_meta)
-    chosen = kernels.fused_for(x, mask, weight, bias) if is_plain else None
-    if chosen is not kernels.native:  # whose tensors are all in memory
+    fused = kernels.fused_for(x, mask, weight, bias) if is_plain else None
+    if fused is not kernels.native:  # whose tensors are all in memory
         checks.check_devices(x, mask=mask, weight=weight, bias=bias)
     # Kernels would read beyond the end.
     channels = x.shape[1]
@@ -98,44 +98,52 @@ def local_sums(
         raise checks.wrong_shape("weight", weight, channels, x)
     if bias is not None and bias.shape != (channels,):
         raise checks.wrong_shape("bias", bias, channels, x)
-    if chosen is not None:
-        sums, fault = chosen.moments(x, mask), None
-        if mask is not None and (is_host(x) or debug.is_on):
-            fault = sums[-1].isnan()
-            if is_host(x) and fault:
-                return _cleaned_sums(chosen, x, mask, fault, is_repeated)
-        has_several = mask is None and x.numel() > channels
-        return LocalSums(
-            sums,
-            mask,
-            fault,
-            mask,
-            is_repeated,
-            tracer=tracer,
-            kernels=chosen,
-            has_several=has_several,
-        )
-    with torch.no_grad():
-        if tracer is not None:
-            # A fault stays in the weights: there is nobody to raise it.
-            clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
-            sums = formula.raw_sums(x.detach(), clean)
-            return LocalSums(sums, clean, None, mask, is_repeated, tracer=tracer)
-        if mask is None:
-            sums = kernels.local_moments(x.detach(), None)
-            return LocalSums(sums, None, None, None, is_repeated, is_compiled)
-        valid = kernels.is_weight(mask)
-        clean = torch.where(valid, mask, 0.0)
-        sums = kernels.local_moments(x.detach(), clean)
-        return LocalSums(sums, clean, ~valid.all(), mask, is_repeated, is_compiled)
+    if fused is None:
+        with torch.no_grad():
+            if tracer is not None:
+                return _traced_sums(x, mask, tracer, is_repeated)
+            return _unfused_sums(x, mask, is_compiled, is_repeated)
+    sums, clean, has_fault = fused.moments(x, mask), mask, None
+    if mask is not None and (is_host(x) or debug.is_on):
+        has_fault = sums[-1].isnan()
+        if is_host(x) and has_fault:
+            clean, _ = _cleaned(mask)
+            sums = fused.moments(x, clean)
+    return LocalSums(
+        sums,
+        clean,
+        has_fault,
+        mask,
+        is_repeated,
+        tracer=tracer,
+        kernels=fused,
+        has_several=mask is None and x.numel() > channels,
+    )
 
 
-def _cleaned_sums(
-    chosen: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool
+def _traced_sums(x: Tensor, mask: Tensor | None, tracer: str, is_repeated: bool) -> LocalSums:
+    """The sums in front of a tracer. A fault stays in the weights: there is nobody to raise it."""
+    clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
+    sums = formula.raw_sums(x.detach(), clean)
+    return LocalSums(sums, clean, None, mask, is_repeated, tracer=tracer)
+
+
+def _unfused_sums(
+    x: Tensor, mask: Tensor | None, is_compiled: bool, is_repeated: bool
 ) -> LocalSums:
-    """The sums on a CPU where something was no weight, and counts as 0."""
-    clean = torch.where(kernels.is_weight(mask), mask, 0.0)
-    return LocalSums(chosen.moments(x, clean), clean, fault, mask, is_repeated, kernels=chosen)
+    """The sums where the statistic is finished here, as in code that is being compiled."""
+    clean = has_fault = None
+    if mask is not None:
+        clean, is_valid = _cleaned(mask)
+        has_fault = ~is_valid.all()
+    sums = kernels.local_moments(x.detach(), clean)
+    return LocalSums(sums, clean, has_fault, mask, is_repeated, is_compiled)
+
+
+def _cleaned(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask with 0 in place of what is no weight, and where it is one."""
+    is_valid = kernels.is_weight(mask)
+    return torch.where(is_valid, mask, 0.0), is_valid
 
 
 def message_of(local: LocalSums) -> Tensor:
