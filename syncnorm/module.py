@@ -20,6 +20,7 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.ops import LocalSums, Statistic
+from syncnorm.recomputing import may_be_repeated
 from syncnorm.statistics import MODES, mode_of, repeated
 from syncnorm.statistics.buffers import LoadedMark
 from syncnorm.statistics.source import Mode, Source
@@ -188,7 +189,7 @@ class SyncNorm(_BatchNorm):
         y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
         if not local.is_repeated and not self.has_frozen_statistics:
             self._follow(local, statistic)
-        if not is_traced and not local.is_repeated and ops.may_be_repeated():
+        if not is_traced and not local.is_repeated and may_be_repeated():
             repeated.keep(self, statistic)
         return y
 

@@ -1,15 +1,18 @@
-"""The three operations that every training forward is made of.
+"""The path of a training forward, in operations that all layers and functions share.
 
     local = local_sums(x, mask, weight, bias)                     one pass over x
     statistic = pooled_statistic(local, group)                    one exchange of 2C+1 numbers
     y, statistic = normalize_batch(x, weight, bias, statistic, eps, local)
                                                                   backward: one exchange of 2C
+    update_running_(..., statistic.moments, ...)                  (C,)-sized, no exchange
 
 These are numbers of payload: with the identity of its layer each message has 2C+2 on the wire.
 
-The last differentiates through the moments too: to autograd they are part of it, so a layer may
-fold any constant factors into `weight` and `bias` (batch renormalisation does) and needs no
-backward of its own.
+The idea: to autograd the moments are part of the normalisation, which differentiates through them.
+So a statistic may come from anywhere (see `syncnorm.statistics`), and a layer may fold any constant
+factors into `weight` and `bias` (batch renormalisation does: `renormalized`) and needs no backward
+of its own. Kernels that finish a statistic themselves are in `LocalSums.kernels`, and
+`normalize_batch` goes their way.
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ def local_sums(
         checks.check_local(x)
     tracer = tracing.tracer_of(x)
     is_compiled = torch.compiler.is_compiling()
-    # `is_recomputing()`, but for a call in every forward.
+    # As `is_recomputing()`, but for a call in every forward.
     is_repeated = not is_compiled and undocumented.backward_pass() != -1
     # A meta tensor stands for one of a device, whose launches can so be looked at without it.
     is_plain = tracer is None or (tracer == tracing.FAKE and x.is_meta)
@@ -281,6 +284,39 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
 
 
+def renormalized(
+    statistic: Statistic, local: LocalSums, eps: float, reference: kernels.Reference
+) -> Statistic:
+    """The statistic of batch renormalisation: with r and d towards the running statistics.
+
+    Kernels that finish a statistic themselves are given these instead.
+    """
+    if local.kernels is not None:
+        return statistic._replace(reference=reference)
+    mean, var, bounds = reference
+    assert not isinstance(bounds, kernels.Scheduled)
+    with torch.no_grad():
+        r, d = renorm.correction(statistic.moments, mean, var, eps, *bounds)
+        if local.is_compiled:
+            r, d = compiled.constant(r), compiled.constant(d)
+    return statistic._replace(correction=renorm.Correction(r, d, mean, var, *bounds))
+
+
+def fold(
+    weight: Tensor | None, bias: Tensor | None, statistic: Statistic
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias as they are; weight * r and bias + weight * d where there is a correction.
+
+    The latter are (C,), float64; differentiable in weight and bias.
+    """
+    if statistic.correction is None:
+        return weight, bias
+    r, d, *_ = statistic.correction
+    weight = torch.ones_like(r) if weight is None else weight.to(r.dtype)
+    bias = torch.zeros_like(d) if bias is None else bias.to(d.dtype)
+    return weight * r, bias + weight * d
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -308,24 +344,6 @@ def normalize(
     return Normalize.apply(
         x, weight, bias, anchor, moments.mean, moments.invstd(eps), mask, statistic.gradient_means
     )
-
-
-def renormalized(
-    statistic: Statistic, local: LocalSums, eps: float, reference: kernels.Reference
-) -> Statistic:
-    """The statistic of batch renormalisation: with r and d towards the running statistics.
-
-    Kernels that finish a statistic themselves are given these instead.
-    """
-    if local.kernels is not None:
-        return statistic._replace(reference=reference)
-    mean, var, bounds = reference
-    assert not isinstance(bounds, kernels.Scheduled)
-    with torch.no_grad():
-        r, d = renorm.correction(statistic.moments, mean, var, eps, *bounds)
-        if local.is_compiled:
-            r, d = compiled.constant(r), compiled.constant(d)
-    return statistic._replace(correction=renorm.Correction(r, d, mean, var, *bounds))
 
 
 def normalize_batch(
@@ -378,26 +396,6 @@ def _anchor(weight: Tensor | None, bias: Tensor | None, statistic: Statistic) ->
     return ANCHOR if statistic.is_pooled and not has_grad and torch.is_grad_enabled() else None
 
 
-def may_be_repeated() -> bool:
-    """False if no activation checkpointing can repeat the forward that runs.
-
-    Not for code that is being compiled, which does not know. Non-reentrant checkpointing sets hooks
-    on what autograd saves; the re-entrant kind runs the first forward inside an autograd Function,
-    where forward-mode gradients are off.
-    """
-    return undocumented.saved_tensor_hooks() is not None or not (
-        torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
-    )
-
-
-def is_recomputing() -> bool:
-    """True if this forward repeats an earlier one inside a backward pass, as checkpointing does.
-
-    False in code that is being compiled, which does not know: see `compiled.unless_repeated`.
-    """
-    return not torch.compiler.is_compiling() and undocumented.backward_pass() != -1
-
-
 def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
@@ -437,18 +435,3 @@ def update_running_(
             renorm.update_running_std_(running_var, batch, eps, factor)
         else:
             update_running_var_(running_var, batch, factor)
-
-
-def fold(
-    weight: Tensor | None, bias: Tensor | None, statistic: Statistic
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias as they are; weight * r and bias + weight * d where there is a correction.
-
-    The latter are (C,), float64; differentiable in weight and bias.
-    """
-    if statistic.correction is None:
-        return weight, bias
-    r, d, *_ = statistic.correction
-    weight = torch.ones_like(r) if weight is None else weight.to(r.dtype)
-    bias = torch.zeros_like(d) if bias is None else bias.to(d.dtype)
-    return weight * r, bias + weight * d

@@ -33,12 +33,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from syncnorm import ops, tracing
+from syncnorm import tracing
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
 from syncnorm.family.passes import sample_sums
 from syncnorm.family.pooled import not_negative, pooled_sum
+from syncnorm.recomputing import is_recomputing
 from syncnorm.statistics import repeated
 
 
@@ -98,7 +99,7 @@ class BalancedBatchNorm(PooledBatchNorm):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch, its tasks balanced."""
-        is_repeated = ops.is_recomputing()
+        is_repeated = is_recomputing()
         if not is_repeated:
             self._batch = None
         # A forward may be repeated when `tasks_of` is over.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, ops, tracing, undocumented
+from syncnorm import checks, tracing, undocumented
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
 from syncnorm.maths.precision import HALF_TYPES
+from syncnorm.recomputing import is_recomputing
 
 
 class Pooling(nn.Module):
@@ -271,7 +272,7 @@ class FamilyLayer(Pooling):
             values: by the names of the buffers without `running_`, (C,).
         """
         # Activation checkpointing repeats a forward that has been counted.
-        if self.has_frozen_statistics or ops.is_recomputing():
+        if self.has_frozen_statistics or is_recomputing():
             return
         for name, value in self.moved(count, **values).items():
             getattr(self, f"running_{name}").copy_(value)

@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from syncnorm import checks, ops, tracing
+from syncnorm import checks, tracing
 from syncnorm.family.layer import Pooling
 from syncnorm.model.makers import Makers
 from syncnorm.model.norm_parameters import is_norm
 from syncnorm.model.sample import call, evaluating_untouched
+from syncnorm.recomputing import is_recomputing
 
 _BATCH_NORMS = (_BatchNorm, Pooling)
 
@@ -46,7 +47,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
     is_over = False
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_over or ops.is_recomputing():
+        if is_over or is_recomputing():
             return
         x = next(iter((*args, *kwargs.values())), None)
         calls.append(Call(module, makers.maker_of(x)))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from syncnorm import checks, ops
+from syncnorm import checks
 from syncnorm.comm import groups
 from syncnorm.module import SyncNorm
+from syncnorm.recomputing import is_recomputing
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.statistics.steps import remove_deserted
 from syncnorm.undocumented import disable_dynamo
@@ -86,7 +87,7 @@ class Placed:
     @disable_dynamo
     def _before(self, model: nn.Module, args: object) -> None:
         # A forward of a model in evaluation mode is of other data, even if some layers train.
-        if not model.training or ops.is_recomputing():
+        if not model.training or is_recomputing():
             return
         if self._sampler is None:
             self._remove(model)

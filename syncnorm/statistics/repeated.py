@@ -22,7 +22,8 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import nn
 
-from syncnorm import ops, undocumented
+from syncnorm import undocumented
+from syncnorm.recomputing import is_recomputing, may_be_repeated
 
 
 class Repeatable(Protocol):
@@ -57,12 +58,12 @@ def begin(layer: nn.Module, first: Callable[[], R]) -> tuple[R, bool]:
     Returns:
         What the call saw, and True if this is a repetition, which is to change nothing.
     """
-    is_repeated = ops.is_recomputing()
+    is_repeated = is_recomputing()
     kept = find(layer) if is_repeated else None
     if kept is not None:
         return kept, True
     seen = first()
-    if not (is_repeated or torch.compiler.is_compiling()) and ops.may_be_repeated():
+    if not (is_repeated or torch.compiler.is_compiling()) and may_be_repeated():
         keep(layer, seen)
     return seen, False
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from syncnorm import ops
+from syncnorm.recomputing import is_recomputing
 from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
@@ -99,7 +99,7 @@ class Steps:
     @unseen_by_selective_checkpoint
     def _delimit(self, begins: bool | None) -> None:
         """Begin a forward, of training or not, or end it (None). A repeated one is no step."""
-        if ops.is_recomputing():
+        if is_recomputing():
             return
         self.is_open = False
         if begins:

@@ -13,6 +13,7 @@ from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.recomputing import is_recomputing
 from syncnorm.statistics import batch
 from syncnorm.statistics.batch import BatchSource
 
@@ -306,7 +307,7 @@ class CountsRepetitions(SyncBatchNorm):
     """Updates its statistics again where activation checkpointing repeats a forward."""
 
     def train_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if ops.is_recomputing():
+        if is_recomputing():
             with torch.no_grad():
                 self.update_running(self.seen.batch, self.momentum)
         return super().train_forward(x, mask)
