@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,7 +101,7 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
             layer.gradient_scale = 1 if among is None else len(groups.ranks(among))
         layer.settle()
         if layer.is_pooled:
-            exchange.make_room(groups.statistics_group(layer.workers), _largest_message(layer))
+            exchange.make_room(groups.statistics_group(layer.workers), largest_message(layer))
     _attach(model, {name: m for name, m in ours.items() if isinstance(m, SyncNorm)})
     if among is not None:
         # What somebody else has excluded is left to him.
@@ -174,7 +175,8 @@ def _state(layer: nn.Module) -> str:
     return ", ".join(words) or "none"
 
 
-def _largest_message(layer: SyncNorm | Pooling) -> int:
+def largest_message(layer: _BatchNorm | Pooling) -> int:
+    """The numbers in the largest message that a layer may send; of a batch norm, once converted."""
     return max(layer.message_sizes()) if isinstance(layer, Pooling) else 2 * layer.num_features + 1
 
 

@@ -24,7 +24,7 @@ from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.class_swap import Request
 from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
 from syncnorm.model.convert.refuse import reason
-from syncnorm.model.ddp import replaced
+from syncnorm.model.ddp import largest_message, replaced
 from syncnorm.model.lints import decay_lints, model_lints, recorded_calls, sampler_lints
 from syncnorm.model.sample import Shape, record_shapes, uncompiled
 from syncnorm.module import SyncNorm
@@ -207,8 +207,8 @@ class _Part(NamedTuple):
     channels: int
     own: list[int]
     """Numbers in each message that the layer sends alone."""
-    largest: int
-    """Numbers in the largest message that it may send."""
+    room: int
+    """The least size that it gives the messages of its group."""
 
 
 def _explain(
@@ -251,11 +251,9 @@ def _explain(
     channels, calls = layer.num_features, 1 if shapes is None else len(shapes)
     if group is None or not channels:
         return None, row, []
-    sizes, largest = mode.own_sizes(channels), 2 * channels + 1
-    if isinstance(layer, Pooling):
-        sizes = layer.message_sizes()
-        largest = max(sizes)
-    return _Part(mode, groups.rule_of(kept), group, channels, sizes * calls, largest), row, []
+    own = layer.message_sizes() if isinstance(layer, Pooling) else mode.own_sizes(channels)
+    room = exchange.size_of(largest_message(layer))
+    return _Part(mode, groups.rule_of(kept), group, channels, own * calls, room), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -286,8 +284,7 @@ def _least_sizes(parts: Iterable[_Part]) -> dict[Any, int]:
     least: dict[Any, int] = {}
     for part in parts:
         if part.mode.is_pooled:
-            size = exchange.size_of(part.largest)
-            least[part.rule] = max(least.get(part.rule, 0), size)
+            least[part.rule] = max(least.get(part.rule, 0), part.room)
     return least
 
 
