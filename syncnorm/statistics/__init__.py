@@ -8,7 +8,7 @@
     accumulated.py  several forwards, one update
     repeated.py     forwards that activation checkpointing repeats
 
-and what these share: `pool.py` (the running statistics of all layers in one message a step),
+and what these share: `pool.py` (the moments of all layers in one message a step),
 `flat.py` (that message), `steps.py` (where a step begins and ends), `buffers.py` (buffers that are
 up to date for whoever reaches for them).
 

@@ -29,7 +29,7 @@ from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
-from syncnorm.statistics.pool import PooledSource, RunningPool
+from syncnorm.statistics.pool import PooledSource, MomentsPool
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
@@ -209,11 +209,11 @@ class LaggedSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: RunningPool
+    pool: MomentsPool
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
-        self.pool = RunningPool(self, layers, LaggedMode.name, buffers, self._follow_moments)
+        self.pool = MomentsPool(self, layers, LaggedMode.name, buffers, self._follow_moments)
         self._steps = Steps(self)
         self._backward = Backward()
         self._gradients: dict[str, list[Tensor]] = {}

@@ -1,4 +1,8 @@
-"""The running statistics of all layers of a model, pooled in one message a step.
+"""The moments of all layers of a model, pooled in one message a step.
+
+The running statistics follow them, with `sync="running"` and where a step has several statistics;
+under "lagged" the averages that normalise do, too, and there is another message for the backward
+pass.
 
 During a training forward the layers leave the raw sums of their batches here. When it ends, the
 sums of all layers go out in one flat asynchronous message, which travels while the backward pass
@@ -65,8 +69,8 @@ class Sent(NamedTuple):
     shard: LateShard | None
 
 
-class RunningPool:
-    """The layers of one model that pool their running statistics together; made by their source.
+class MomentsPool:
+    """The layers of one model whose moments are pooled together; made by their source.
 
     Its steps are delimited by `syncnorm.statistics.steps`.
 
@@ -302,7 +306,7 @@ class RunningPool:
 class PooledSource(Source):
     """A source of layers that act together, at the steps that the forwards of their model delimit."""
 
-    pool: RunningPool
+    pool: MomentsPool
     _steps: Steps
     forward = uncompiled_forward
 

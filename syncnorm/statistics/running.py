@@ -14,7 +14,7 @@ from torch import nn
 
 from syncnorm.maths.moments import Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
-from syncnorm.statistics.pool import PooledSource, RunningPool
+from syncnorm.statistics.pool import PooledSource, MomentsPool
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 
@@ -29,10 +29,10 @@ class RunningSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: RunningPool
+    pool: MomentsPool
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        self.pool = RunningPool(self, layers, next(iter(layers.values())).sync)
+        self.pool = MomentsPool(self, layers, next(iter(layers.values())).sync)
         self._steps = Steps(self.pool)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
