@@ -209,11 +209,9 @@ class LaggedSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: MomentsPool
-
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
-        self.pool = MomentsPool(self, layers, LaggedMode.name, buffers, self._follow_moments)
+        self.pool = MomentsPool(self, layers, buffers, self._follow_moments)
         self._steps = Steps(self)
         self._backward = Backward()
         self._gradients: dict[str, list[Tensor]] = {}

@@ -77,7 +77,6 @@ class MomentsPool:
     Args:
         source: the source that the layers are given.
         layers: by name, in the same order on all workers, over the same process group.
-        sync: the mode, for errors.
         buffers: written by `follow` besides the running statistics.
         follow: told each layer's moments over all workers after its running statistics have
             followed them.
@@ -89,14 +88,12 @@ class MomentsPool:
         self,
         source: Source,
         layers: dict[str, SyncNorm],
-        sync: str,
         buffers: tuple[str, ...] = (),
         follow: Callable[[SyncNorm, Moments], None] | None = None,
     ) -> None:
         self.layers = layers
         self.source = source
         self.names = {layer: name for name, layer in layers.items()}
-        self._sync = sync
         self._buffers = (*_BUFFERS, *buffers)
         self._follow = follow
         self._collected = self._kept = Collected()
@@ -145,7 +142,7 @@ class MomentsPool:
         """Raise InputError, before any exchange, for a call that `collect` has no open step for."""
         if not local.is_repeated and not layer.has_frozen_statistics:
             raise InputError(
-                f"`sync={self._sync!r}` must be used through the model that was given to "
+                f"`sync={layer.sync!r}` must be used through the model that was given to "
                 f"prepare_ddp, got a direct call of layer {layer.label!r}. Call the model itself, or "
                 "prepare the part that is called. A part that models share is prepared by itself: "
                 "a layer has the model that was prepared last."
