@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.arguments import constructor_arguments
 from syncnorm.module import SyncNorm
-from syncnorm.verify.reshape import reshape
 
 BOUNDS = (1.5, 0.5)
 """r_max and d_max of a renormalising layer in most checks: some channels are clipped."""
@@ -29,6 +30,8 @@ DIMENSIONS = (2, 3, 4, 5)
 """The numbers of dimensions of the inputs in checks."""
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 _PACKAGE = "syncnorm:"
+_shapes: weakref.WeakKeyDictionary[nn.Module, Size] = weakref.WeakKeyDictionary()
+"""The shape of the input of a layer in the running call."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class LayerUnderTest:
             num_features, **{k: v for k, v in given.items() if k in self.accepted}
         )
         if self.dimensions != DIMENSIONS:
-            reshape(layer, self.dimensions)
+            _reshape(layer, self.dimensions)
         return layer
 
     def lacks(self, needs: tuple[str, ...]) -> str | None:
@@ -157,6 +160,33 @@ def load(reference: str) -> type[nn.Module]:
             f"`--layer` must name a class of torch.nn.Module, got {reference!r}: {found!r}."
         )
     return found
+
+
+def _reshape(layer: nn.Module, dimensions: tuple[int, ...]) -> None:
+    """Have `layer`, which takes inputs of these dimensions, take (N, C, *S) of any, and give it back.
+
+    A statistic is over all positions, so it does not matter how these are arranged. Hooks, not a
+    wrapper: the layer's parameters and buffers keep their names.
+    """
+    layer.register_forward_pre_hook(partial(_before, dimensions))
+    layer.register_forward_hook(_after)
+
+
+def _before(
+    dimensions: tuple[int, ...], layer: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, *others = args
+    _shapes[layer] = x.shape
+    if x.ndim in dimensions:
+        return args
+    if x.ndim < dimensions[-1]:
+        return x.reshape(*x.shape, *[1] * (dimensions[-1] - x.ndim)), *others
+    return x.flatten(dimensions[-1] - 1), *others
+
+
+def _after(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    shape = _shapes.pop(layer)
+    return output if output.shape == shape else output.reshape(shape)
 
 
 Layer = Callable[..., Tensor]
