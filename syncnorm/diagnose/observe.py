@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import checks
 from syncnorm.diagnose.problem import Forward, Problem
 from syncnorm.family.layer import Pooling
-from syncnorm.family.square import SquareNorm
+from syncnorm.family.mean_square import SquareNorm
 from syncnorm.module import SyncNorm
 
 

@@ -1,15 +1,23 @@
 """Methods of the literature that use statistics of the batch, pooled over the workers.
 
-A method is a file: which sums travel, what becomes of them. What methods share:
+They take other statistics than a mean and a variance, or have other gradients, so that the path of
+`syncnorm.ops` is not theirs. A method is a file with a subclass of `FamilyLayer`, whose docstring
+says what to supply: which sums travel, what becomes of them. docs/family.md writes one ("The next
+method"), and CONTRIBUTING.md has the steps ("Adding a layer"). What methods share:
 
     layer.py       `Pooling` and `FamilyLayer`: the group, buffers, forward, evaluation
     pooled.py      sums and moments over all workers, with their gradients
     passes.py      passes over x, with gradients
-    batch.py       batch normalisation on these: the base of methods that add to it
-    square.py      layers that divide by a root mean square: window.py has averages over steps,
-                   surrogate.py their gradient, late.py sums that nobody waits for
-    recurrence.py  online normalisation's loops over samples
-    momentum.py    AdaB2N's weight of a batch
+    batch_norm.py  batch normalisation on these: the base of methods that add to it
+
+and some of them:
+
+    mean_square.py         layers that divide by a root mean square
+    surrogate_gradient.py  their gradient, which is no derivative
+    window.py              averages over a window of steps, in both passes
+    late_sums.py           sums that nobody waits for in their step
+    online_recurrence.py   online normalisation's recurrences over samples
+    momentum.py            AdaB2N's weight of a batch
 
 `syncnorm.family.plain` has baselines without batch statistics.
 """

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from syncnorm import tracing
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family.batch import PooledBatchNorm
+from syncnorm.family.batch_norm import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
 from syncnorm.family.passes import sample_sums
 from syncnorm.family.pooled import not_negative, pooled_sum

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.errors import InputError
-from syncnorm.family.batch import PooledBatchNorm
+from syncnorm.family.batch_norm import PooledBatchNorm
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments
 from syncnorm.statistics import repeated

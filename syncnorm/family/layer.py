@@ -1,4 +1,7 @@
-"""The base of the family's layers: what they share with BatchNorm, and with whom they pool."""
+"""The bases of the family's layers: `Pooling`, with whom they pool, and `FamilyLayer`, a batch norm's life.
+
+A call is `forward` -> `check`, `standardized` (`normalize` in training, else `evaluate`), `finish`.
+"""
 
 from __future__ import annotations
 
@@ -148,6 +151,24 @@ class FamilyLayer(Pooling):
 
     In evaluation it uses the running statistics. Parameters and running statistics are called as
     BatchNorm's are.
+
+    A subclass must supply
+
+        normalize           a training forward: takes statistics by `pooled_moments` or `pooled_sum`
+                            and calls `follow` with them
+        evaluate            an evaluation forward, by the buffers
+        message_sizes       the numbers in what is sent, for `prepare_ddp` and `explain`
+
+    and may supply
+
+        batch_statistics    of a batch, by the names of the `running_` buffers: for
+                            `evaluation_statistics` (as that of `PooledBatchNorm`)
+        as_batch_norm       the batch norm that evaluates alike: for `revert` and `export`
+        take                more of what a batch norm has, where one is converted
+        settle, discard, failure
+                            where sums are under way between forwards (see `LateSums`)
+        ones, not_by_channel, scales_at_once
+                            what is true of its parameters and buffers
 
     Args:
         num_features: channels C.

@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from syncnorm.family.batch import PooledBatchNorm
+from syncnorm.family.batch_norm import PooledBatchNorm
 from syncnorm.family.passes import channels
 
 

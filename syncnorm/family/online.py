@@ -37,12 +37,12 @@ from torch import Tensor
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
-from syncnorm.family import recurrence
-from syncnorm.family.batch import PooledBatchNorm
-from syncnorm.family.late import LateSums, keep, same_buffers
+from syncnorm.family import online_recurrence
+from syncnorm.family.batch_norm import PooledBatchNorm
+from syncnorm.family.late_sums import LateSums, keep, same_buffers
 from syncnorm.family.layer import PlainBatchNorm
 from syncnorm.family.passes import affine, by_own_rms
-from syncnorm.family.surrogate import mean_of, once_differentiated
+from syncnorm.family.surrogate_gradient import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
 
@@ -209,7 +209,7 @@ class _Online(torch.autograd.Function):
         ctx: Any, x: Tensor, layer: OnlineNorm, start: Start, is_repeated: bool, anchor: Tensor
     ) -> Tensor:
         assert layer.momentum is not None
-        y, invstd, mean, var = recurrence.forward(
+        y, invstd, mean, var = online_recurrence.forward(
             x, start.mean, start.var, layer.momentum, layer.eps
         )
         ctx.save_for_backward(y, invstd)
@@ -234,7 +234,7 @@ class _Online(torch.autograd.Function):
             scale = layer.gradient_scale
             # Taken from the dict, past what would wait for the message of the forward.
             kept_u, kept_v = (dict.__getitem__(layer._buffers, name) for name in ("u", "v"))
-            grad_input, u, v = recurrence.backward(
+            grad_input, u, v = online_recurrence.backward(
                 grad / scale, y, invstd, kept_u, kept_v, layer.gradient_momentum
             )
             grad_input = grad_input * scale

@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import InputError
-from syncnorm.family.late import keep
+from syncnorm.family.late_sums import keep
 from syncnorm.family.layer import PlainBatchNorm
+from syncnorm.family.mean_square import SquareNorm, check_steps
 from syncnorm.family.passes import by_own_rms
-from syncnorm.family.square import SquareNorm, check_steps
-from syncnorm.family.surrogate import Call, mean_of, square_of
+from syncnorm.family.surrogate_gradient import Call, mean_of, square_of
 
 
 class PowerNorm(SquareNorm):

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm.family.late import keep
-from syncnorm.family.square import SquareNorm, check_steps
-from syncnorm.family.surrogate import Call, mean_of
+from syncnorm.family.late_sums import keep
+from syncnorm.family.mean_square import SquareNorm, check_steps
+from syncnorm.family.surrogate_gradient import Call, mean_of
 
 _MAX_R = 5.0
 

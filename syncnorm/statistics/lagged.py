@@ -29,7 +29,7 @@ from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
-from syncnorm.statistics.pool import PooledSource, MomentsPool
+from syncnorm.statistics.pool import MomentsPool, PooledSource
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo

@@ -14,7 +14,7 @@ from torch import nn
 
 from syncnorm.maths.moments import Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
-from syncnorm.statistics.pool import PooledSource, MomentsPool
+from syncnorm.statistics.pool import MomentsPool, PooledSource
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange
-from syncnorm.family.late import keep
+from syncnorm.family.late_sums import keep
 from syncnorm.family.mabn import MABN
 from syncnorm.family.online import OnlineNorm
 from syncnorm.family.power import PowerNorm
-from syncnorm.family.surrogate import Call, mean_of
+from syncnorm.family.surrogate_gradient import Call, mean_of
 from syncnorm.family.unified import UnifiedNorm
 from syncnorm.family.window import WindowNorm
 from tests.distributed.planted_family import unpooled

@@ -10,7 +10,7 @@ from unittest.mock import PropertyMock, patch
 import torch
 from torch import Tensor
 
-from syncnorm.family import balanced, batch, channel, evonorm, l1, region
+from syncnorm.family import balanced, batch_norm, channel, evonorm, l1, region
 from syncnorm.family.layer import Pooling
 
 
@@ -23,7 +23,7 @@ def unpooled() -> AbstractContextManager[Any]:
 def about_its_own_mean() -> Iterator[None]:
     """The estimate of the variance follows deviations from the batch's mean."""
 
-    def by_estimates(layer: batch.PooledBatchNorm, x: Tensor) -> Tensor:
+    def by_estimates(layer: batch_norm.PooledBatchNorm, x: Tensor) -> Tensor:
         moments = channel.pooled_moments(x.detach(), [None], layer.group, layer)
         layer.follow(moments.count[0], mean=moments.mean[0], var=moments.var[0])
         return layer.evaluate(x)
@@ -37,7 +37,7 @@ def estimates_before() -> Iterator[None]:
     """What normalises is the estimate from before the batch."""
     true = channel.by_estimates
 
-    def by_estimates(layer: batch.PooledBatchNorm, x: Tensor) -> Tensor:
+    def by_estimates(layer: batch_norm.PooledBatchNorm, x: Tensor) -> Tensor:
         mean, var = layer.running_mean.clone(), layer.running_var.clone()
         true(layer, x)
         return layer.standardize(x, mean, var)
@@ -54,14 +54,14 @@ def weight_by_channel() -> AbstractContextManager[Any]:
 @contextmanager
 def biased_running_variance() -> Iterator[None]:
     """The running variance follows the biased one."""
-    true = batch.pooled_moments
+    true = batch_norm.pooled_moments
 
     def pooled_moments(*arguments: Any) -> Any:
         moments = true(*arguments)
         object.__setattr__(moments, "count", moments.count * 1e12)
         return moments
 
-    with patch.object(batch, "pooled_moments", pooled_moments):
+    with patch.object(batch_norm, "pooled_moments", pooled_moments):
         yield
 
 

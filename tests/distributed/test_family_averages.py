@@ -384,7 +384,7 @@ def test_an_activation_may_write_over_the_output(name):
 
 def test_the_counter_is_looked_at_when_it_can_tell_something(monkeypatch):
     """As on a device whose numbers the host would have to wait for."""
-    monkeypatch.setattr("syncnorm.family.square.is_host", lambda _: False)
+    monkeypatch.setattr("syncnorm.family.mean_square.is_host", lambda _: False)
     layer = PowerNorm(C, warmup=4).double()
     kinds = []
     for step in range(7):

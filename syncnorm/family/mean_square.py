@@ -1,4 +1,4 @@
-"""What layers share that divide by a root mean square, see `syncnorm.family.surrogate`."""
+"""What layers share that divide by a root mean square, see `syncnorm.family.surrogate_gradient`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from syncnorm import checks, ops, tracing
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import InputError
-from syncnorm.family.late import LateSums, is_faulty, mask_fault, same_buffers
+from syncnorm.family.late_sums import LateSums, is_faulty, mask_fault, same_buffers
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments, widened
-from syncnorm.family.surrogate import Call, divide
+from syncnorm.family.surrogate_gradient import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
 from syncnorm.undocumented import unseen_by_selective_checkpoint
