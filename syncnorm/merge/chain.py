@@ -19,9 +19,9 @@ from syncnorm.maths.moments import Raw
 from syncnorm.merge.calls import Call, calls
 from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
 from syncnorm.merge.interpolate import bare, check_alike, tensors
-from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.sample import check_batches
+from syncnorm.model.worker_failures import check_finite, sum_unless_failed
 
 
 @torch.no_grad()

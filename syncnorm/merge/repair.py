@@ -16,10 +16,10 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Raw
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, Call, calls
 from syncnorm.merge.interpolate import bare, check_alike, check_alpha
-from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.recalibrate import recalibrate
 from syncnorm.model.sample import call, check_batches, uncompiled
+from syncnorm.model.worker_failures import check_finite, sum_unless_failed
 
 
 @torch.no_grad()

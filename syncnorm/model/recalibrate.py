@@ -20,9 +20,9 @@ from syncnorm.maths.moments import Moments, Raw
 from syncnorm.maths.precision import sum_dtype
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
-from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating, kept
 from syncnorm.model.sample import call, check_batches, check_not_lazy, uncompiled
+from syncnorm.model.worker_failures import check_finite, sum_unless_failed
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source, uncompiled_forward

@@ -17,7 +17,7 @@ from syncnorm import placement
 from syncnorm.comm import exchange, groups
 from syncnorm.device import model_device
 from syncnorm.errors import FaultError, InputError
-from syncnorm.model.placed import Placed
+from syncnorm.model.sampler_hooks import SamplerHooks
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, epoch_order, no_whole_statistics, size, too_few_at_once
 from syncnorm.shards import Shard, of_nothing
@@ -129,7 +129,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self.epoch = self.step = 0
         self._round = 0
         self._given = None if rank is None or world_size is None else (rank, world_size)
-        self._placed: list[weakref.ref[Placed]] = []
+        self._hooks: list[weakref.ref[SamplerHooks]] = []
         self._is_trained = self._has_ended = False
 
     @property
@@ -227,7 +227,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         has_stand_ins = any(
             self._has_stand_in(count, number) for count in counts for number in range(rounds)
         )
-        Placed.on(model, self, layers if is_grouped else {}, has_stand_ins=has_stand_ins)
+        SamplerHooks.on(model, self, layers if is_grouped else {}, has_stand_ins=has_stand_ins)
         return model
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
                 was not called; the same on all workers.
         """
         total, world_size = self._count(self.step), self._workers()[1]
-        if not self._placed and (self._has_several() or self._has_stand_in(total, self._round)):
+        if not self._hooks and (self._has_several() or self._has_stand_in(total, self._round)):
             raise InputError(
                 "`attach` must be called with the model before it is trained with norm_batch, or "
                 f"in a step of {total} sample(s) on {world_size} workers, some of which have none "
@@ -267,14 +267,14 @@ class ElasticBatchSampler(Sampler[list[int]]):
         step's last batch, one message of the running statistics for each model attached, which is
         not waited for.
         """
-        placed = self._attached()
-        for each in placed:
+        attached = self._attached()
+        for each in attached:
             each.is_stand_in = False
         self._is_trained = self._has_ended = False
         if not self.ends_step:
             self._round += 1
             return
-        for each in placed:
+        for each in attached:
             each.end_step()
         self._round, self.step = 0, self.step + 1
         if self.step == self.steps_per_epoch:
@@ -334,9 +334,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """Take note that the batches are trained with, not only looked at."""
         self._is_trained = True
 
-    def _register(self, placed: Placed) -> None:
+    def _register(self, hooks: SamplerHooks) -> None:
         """Have a model's hooks told where steps end."""
-        self._placed = [*(ref for ref in self._placed if ref() is not None), weakref.ref(placed)]
+        self._hooks = [*(ref for ref in self._hooks if ref() is not None), weakref.ref(hooks)]
 
     def _workers(self) -> tuple[int, int]:
         """This worker's rank, and the number of workers."""
@@ -362,15 +362,15 @@ class ElasticBatchSampler(Sampler[list[int]]):
         of_rounds = self._placement(count, self._workers()[1] - 1).rounds
         return number >= len(of_rounds) or not any(map(size, of_rounds[number]))
 
-    def _attached(self) -> list[Placed]:
-        return [placed for ref in self._placed if (placed := ref()) is not None]
+    def _attached(self) -> list[SamplerHooks]:
+        return [hooks for ref in self._hooks if (hooks := ref()) is not None]
 
     def _restart(self) -> None:
         """Begin the step at the cursor anew."""
         self._round = 0
         self._is_trained = self._has_ended = False
-        for placed in self._attached():
-            placed.drop_step()
+        for hooks in self._attached():
+            hooks.drop_step()
 
     def _agree(self, model: nn.Module) -> None:
         """Compare the samplers of all workers.
@@ -400,7 +400,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever copies or pickles a model has its sampler with it; the hooks register themselves.
-        return {**self.__dict__, "_placed": []}
+        return {**self.__dict__, "_hooks": []}
 
 
 def _is_whole(value: Any) -> bool:

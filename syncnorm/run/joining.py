@@ -10,7 +10,7 @@ import torch.distributed as dist
 from syncnorm.run.env import Launched, set_for_nccl
 from syncnorm.run.machine import choose_device
 from syncnorm.train.config.schema import Config
-from syncnorm.train.economy import set_tf32
+from syncnorm.train.efficiency import set_tf32
 from syncnorm.train.workers import Workers
 
 # The watchdog acts first, and writes the stacks of a stuck worker.

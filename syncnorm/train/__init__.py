@@ -9,11 +9,12 @@ A run goes through the files in this order:
                   parameters.py), the moving average (average.py, with renewal.py)
     data/         from files or a callable to the batches of a step; its own page has the files
     task/         the loss of a batch and the metrics, as sums and counts
-    zoo.py        the network: of models.py, of packages.py or a callable; norm.py gives it its
-                  layers, weights.py the weights it begins with, economy.py a cheaper step
+    build_model.py
+                  the network: of models.py, of packages.py or a callable; norm.py gives it its
+                  layers, weights.py the weights it begins with, efficiency.py a cheaper step
     trial.py      tries the task on a few samples; memory.py refuses a step that would not fit
-    step.py       one optimizer step: `training_step`, from forward to the new parameters; notes.py
-                  are what the workers tell each other of it, scaling.py is for float16
+    step.py       one optimizer step: `training_step`, from forward to the new parameters;
+                  step_notes.py is what the workers tell each other of it, scaling.py for float16
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop;
                   callbacks.py has the points where code of the user's is called
     checkpoint/   capture.py gathers the state and restores it, of the same_run.py alone; saver.py

@@ -16,9 +16,9 @@ from syncnorm.model.sample import uncompiled
 from syncnorm.train import buffers
 from syncnorm.train.data.batches import tensors_of
 from syncnorm.train.data.feed import TRAIN, Feed
-from syncnorm.train.notes import Flags
 from syncnorm.train.setup import Setup, active_dropout, step_seed
 from syncnorm.train.step import StepBatch, StepResult, one_update, training_step
+from syncnorm.train.step_notes import Flags
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.waiting import from_all
 

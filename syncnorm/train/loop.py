@@ -31,7 +31,6 @@ from syncnorm.train.data.regimes import training_order
 from syncnorm.train.data.same import check_same_data, warn_of_own_random_numbers
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
-from syncnorm.train.notes import Flags
 from syncnorm.train.predictions import collect_predictions
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
@@ -44,6 +43,7 @@ from syncnorm.train.setup import (
     task_of,
 )
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.step_notes import Flags
 from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.waiting import from_all, from_first
 from syncnorm.train.weights import load_weights

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import recalibrate
-from syncnorm.model.failing import NotFiniteFault
+from syncnorm.model.worker_failures import NotFiniteFault
 from syncnorm.placement import epoch_order
 from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import TRAIN, Feed

@@ -30,6 +30,7 @@ from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
+from syncnorm.train.build_model import build_model
 from syncnorm.train.config.callables import call
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import DATASETS
@@ -47,7 +48,7 @@ from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import check_regime
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
-from syncnorm.train.economy import economise, set_tf32
+from syncnorm.train.efficiency import make_efficient, set_tf32
 from syncnorm.train.norm import (
     Spectral,
     apply_rules,
@@ -63,7 +64,6 @@ from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
 from syncnorm.train.unused import Gradients
 from syncnorm.train.workers import Workers, place_step
-from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
 
@@ -289,7 +289,7 @@ def make_bare_model(
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
     freeze(model, config.train.freeze)
     warn_of_no_pooling(model, config.norm)
-    economise(model, config.train)
+    make_efficient(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
     return model.to(device, getattr(torch, config.train.dtype))
 
@@ -318,7 +318,7 @@ def make_network(
 ) -> nn.Module:
     """Build the network that `model` names, with the layers that `norm` names, on the CPU."""
     rng.seed_all(config.train.seed)
-    model = build(
+    model = build_model(
         config.model.name,
         config.model.options,
         allowed,

@@ -37,9 +37,9 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.norm import power_iterations_held
-from syncnorm.train.notes import Flags, Notes, PendingNotes
 from syncnorm.train.scaling import unscale
 from syncnorm.train.setup import Setup, autocast, step_seed
+from syncnorm.train.step_notes import Flags, Notes, PendingNotes
 from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures

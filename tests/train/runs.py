@@ -33,10 +33,10 @@ from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
-from syncnorm.train.notes import Flags
 from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.setup import Setup, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.step_notes import Flags
 from syncnorm.train.task.supervised import Classify
 from syncnorm.train.weights import load_weights
 from syncnorm.train.workers import Workers

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from syncnorm.run.dry_run import _return_bucket
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
-from syncnorm.train.notes import Flags, Notes, PendingNotes
 from syncnorm.train.step import StepBatch, training_step
+from syncnorm.train.step_notes import Flags, Notes, PendingNotes
 from syncnorm.train.workers import Workers
 from syncnorm.undocumented import TorchDispatchMode, fake_store
 from tests.train.nets import Net

@@ -20,7 +20,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
-from syncnorm.train.economy import economise, set_tf32
+from syncnorm.train.efficiency import make_efficient, set_tf32
 from syncnorm.train.models import MODELS
 from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.renewal import renew_statistics
@@ -169,7 +169,7 @@ def test_recomputed_it_has_the_same_bits(pool):
 def test_the_outermost_modules_are_recomputed_and_keep_nothing():
     model = MODEL(in_channels=1, num_classes=4, norm_layer=nn.BatchNorm2d)
     names = list(model.state_dict())
-    economise(model, section(recompute=[r"layer1", r"conv2"]))
+    make_efficient(model, section(recompute=[r"layer1", r"conv2"]))
     wrapped = [name for name, module in model.named_modules() if "forward" in vars(module)]
     assert wrapped == ["layer1", "layer2.0.conv2", "layer3.0.conv2"]
     assert list(model.state_dict()) == names
@@ -179,7 +179,7 @@ def test_the_outermost_modules_are_recomputed_and_keep_nothing():
     assert not torch.equal(average.layer1(x), model.layer1(x)), "a copy computes its own"
     message = r"`train.recompute` must each find a module, got 'layr'. The nearest is 'layer1'. There are conv1, "
     with pytest.raises(ConfigError, match=message):
-        economise(model, section(recompute=["layr"]))
+        make_efficient(model, section(recompute=["layr"]))
 
 
 def test_the_estimate_of_memory_counts_the_inputs_of_what_is_recomputed():
@@ -191,7 +191,7 @@ def test_the_estimate_of_memory_counts_the_inputs_of_what_is_recomputed():
 def test_images_and_weights_have_channels_last():
     seen: list[torch.Tensor] = []
     model = MODEL(in_channels=3, num_classes=4, norm_layer=nn.BatchNorm2d)
-    economise(model, section(channels_last=True))
+    make_efficient(model, section(channels_last=True))
     model.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(2, 3, 8, 8))
     for tensor in (*seen, model.layer1[0].conv1.weight):

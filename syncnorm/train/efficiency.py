@@ -14,7 +14,7 @@ from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.batches import map_members
 
 
-def economise(model: nn.Module, train: TrainSection) -> None:
+def make_efficient(model: nn.Module, train: TrainSection) -> None:
     """Change, in place, how a model is computed, as the configuration asks for it.
 
     Raises:

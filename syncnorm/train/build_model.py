@@ -12,7 +12,7 @@ from syncnorm.train.models import MODELS, NormLayer
 from syncnorm.train.packages import PACKAGED, Shape, make_packaged
 
 
-def build(
+def build_model(
     name: str,
     options: dict[str, Any],
     allowed: Sequence[str] = (),

@@ -8,17 +8,17 @@ from torch import nn
 
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import ConfigError
+from syncnorm.train.build_model import build_model
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.norm import fit_layers, make_norm_layer, warn_of_no_pooling
-from syncnorm.train.zoo import build
 
-HERE = "tests.train.test_zoo"
+HERE = "tests.train.test_build_model"
 
 
 def make(name: str, in_channels: int | None = 3, allowed=("tests",), **options) -> nn.Module:
-    return build(
+    return build_model(
         name, options, allowed, in_channels=in_channels, num_classes=5, norm_layer=SyncBatchNorm
     )
 
@@ -79,11 +79,13 @@ def test_a_callable_that_takes_a_number_of_classes_needs_one():
         r"`model.options.num_classes` may have to be given for '.*counts', since .*: TypeError: "
     )
     with pytest.raises(ConfigError, match=message):
-        build(f"{HERE}:counts", {}, ["tests"], **options)
-    assert isinstance(build(f"{HERE}:counts", {"num_classes": 2}, ["tests"], **options), nn.Linear)
+        build_model(f"{HERE}:counts", {}, ["tests"], **options)
+    assert isinstance(
+        build_model(f"{HERE}:counts", {"num_classes": 2}, ["tests"], **options), nn.Linear
+    )
     with pytest.raises(TypeError):
         make(f"{HERE}:counts", num_classes="2")
-    assert vars(build(f"{HERE}:takes_any", {}, ["tests"], **options))["given"] == options
+    assert vars(build_model(f"{HERE}:takes_any", {}, ["tests"], **options))["given"] == options
 
 
 def test_a_network_that_is_built_in_needs_the_shape_of_the_data():

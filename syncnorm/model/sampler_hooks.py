@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from syncnorm.model.sampler import ElasticBatchSampler
 
 
-class Placed:
+class SamplerHooks:
     """Tells the layers of one model, before each training forward, whose batch it is.
 
     Args:
@@ -53,7 +53,7 @@ class Placed:
         """Put the hooks onto a model, in place of those that it may have. On every worker alike."""
         for hook in list(model._forward_pre_hooks.values()):
             before = getattr(hook, "__self__", None)
-            if isinstance(before, Placed):
+            if isinstance(before, SamplerHooks):
                 before._remove(model)
         self = cls(sampler, layers)
         if self._groups is not None:
@@ -131,7 +131,7 @@ class Placed:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sampler": None, "is_stand_in": False, "_is_open": False}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Placed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SamplerHooks:
         """Copy with a model, whose copy is given batches of the same sampler."""
         memo[id(self._sampler)] = self._sampler
         memo[id(self)] = new = object.__new__(type(self))
