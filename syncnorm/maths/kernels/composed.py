@@ -61,6 +61,34 @@ def normalize(
 
     y has the type and layout of x.
     """
+    rows, mean, var, *correction = _finished(batch, eps, reference)
+    if x.numel() == 0:
+        var.rsqrt_()  # in the row of invstd
+        return torch.empty_like(x), rows
+    dtype = portable.arithmetic_dtype(x)
+    # As they meet x.
+    met_mean, met_var = rows[:3:2].to(dtype, copy=True)
+    invstd = var.rsqrt_()
+    weight = torch.ones_like(met_mean) if weight is None else weight.to(dtype)
+    bias = torch.zeros_like(met_mean) if bias is None else bias.to(dtype)
+    if correction:
+        r, d, *_ = correction
+        bias = torch.addcmul(bias, weight, d, out=torch.empty_like(bias))
+        weight = _product(weight, r, dtype)
+    if x.dtype == torch.float32:
+        # See `kernels._rounded`.
+        lost = torch.sub(met_mean, mean).mul_(invstd)
+        bias = torch.addcmul(bias, weight, lost, out=torch.empty_like(bias))
+    return portable.batch_norm(x, met_mean, met_var, weight, bias), rows
+
+
+def _finished(batch: Moments, eps: float, reference: Reference | None) -> tuple[Tensor, ...]:
+    """Finish a statistic in rows, but for the last root: mean, m2, var + eps, r, d and what they refer to.
+
+    Returns:
+        The rows in one tensor; mean; var + eps, in the row of invstd, infinite where that is 0; and
+        with a reference r, d and the rows behind them.
+    """
     packed, is_raw = batch.packed
     channels = packed.numel() // 2
     n = packed[-1]
@@ -76,32 +104,14 @@ def normalize(
     else:
         rows[:2] = packed[:-1].view(2, -1)
     var = torch.div(m2, positive, out=invstd).add_(eps)
-    if correction:
-        assert reference is not None
+    if reference is not None:
         _correct(rows, var, n, eps, reference)
     if not batch.has_several:
         # No value, or a single one: y is the bias, and the gradient 0.
         is_single = m2 <= (rounding(m2.dtype) * packed[channels:-1] if is_raw else 0)
         var.masked_fill_(is_single.logical_and_(n <= 1), torch.inf)
         m2.masked_fill_(is_single, 0)
-    if x.numel() == 0:
-        var.rsqrt_()  # in the row of invstd
-        return torch.empty_like(x), rows
-    dtype = portable.arithmetic_dtype(x)
-    # As they meet x.
-    met_mean, met_var = rows[:3:2].to(dtype, copy=True)
-    var.rsqrt_()
-    weight = torch.ones_like(met_mean) if weight is None else weight.to(dtype)
-    bias = torch.zeros_like(met_mean) if bias is None else bias.to(dtype)
-    if correction:
-        r, d, *_ = correction
-        bias = torch.addcmul(bias, weight, d, out=torch.empty_like(bias))
-        weight = _product(weight, r, dtype)
-    if x.dtype == torch.float32:
-        # See `kernels._rounded`.
-        lost = torch.sub(met_mean, mean).mul_(invstd)
-        bias = torch.addcmul(bias, weight, lost, out=torch.empty_like(bias))
-    return portable.batch_norm(x, met_mean, met_var, weight, bias), rows
+    return rows, mean, var, *correction
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
