@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,18 +46,19 @@ def measure_gradients(problem: Problem) -> dict[str, Any]:
     """
     layers = {n: m for n, m in problem.model.named_modules() if isinstance(m, _WEIGHTED)}
     squares = {name: problem.zeros(3) for name in layers}
-    with _watching(problem, layers, squares) as look:
-        loss, gradient = problem.gradient(problem.everything, look)
+    outputs = _Outputs(problem, squares)
+    with outputs.watching(layers):
+        loss, gradient = problem.gradient(problem.everything, outputs.count)
     pooled = problem.sum(torch.cat([*squares.values(), problem.zeros(1)]), "activation gradients")
     scale = math.fsum(max(each.values(), default=0.0) for each in problem.counts)
     samples = float(problem.sizes.sum())
     found: dict[str, dict[str, Any]] = {}
-    for (name, layer), (square, outputs, normalised) in zip(
+    for (name, layer), (square, number, normalised) in zip(
         layers.items(), pooled[:-1].view(-1, 3).tolist(), strict=True
     ):
         # Each sample's loss has the weight 1 / count.
         activation = scale * math.sqrt(square / samples) if samples else 0.0
-        found[name] = {"activation": activation, "is_invariant": 0 < outputs == normalised}
+        found[name] = {"activation": activation, "is_invariant": 0 < number == normalised}
         found[name] |= _weight(problem, layer, gradient.get(f"{name}.weight"))
     logs = [math.log2(e["activation"]) for e in found.values() if e["activation"] > 0]
     return {
@@ -84,57 +85,65 @@ def _weight(problem: Problem, layer: Any, gradient: Tensor | None) -> dict[str, 
     }
 
 
-@contextmanager
-def _watching(
-    problem: Problem, layers: dict[str, Any], squares: dict[str, Tensor]
-) -> Iterator[Callable[[Tensor], object]]:
-    """Add up the squares of the outputs' gradients, and count outputs: all, and those of which
-    nothing but batch norms makes use.
+class _Outputs:
+    """The layers' outputs in each forward, and what makes use of them.
 
-    Yields:
-        What is to be called with each loss, before its backward pass.
+    Args:
+        problem: see there.
+        squares: by layer, (3,), added to: the squares of its outputs' gradients, and the numbers of
+            its outputs, of all, and of those of which nothing but batch norms makes use.
     """
-    makers: Makers[str] = Makers()
-    norms = watched(problem.model)
-    made: dict[Any, str] = {}
-    by_norms: Counter[Any] = Counter()
-    """Of the nodes of autograd's graph that made the outputs: who made them, and how many norms
-    were given them."""
-    views: dict[Any, Any] = {}
-    """Of the nodes of views that were given to norms, the one that made the output."""
 
-    def add(name: str, gradient: Tensor) -> None:
-        squares[name][0] += (gradient.double() / problem.scale).square().sum()
+    def __init__(self, problem: Problem, squares: dict[str, Tensor]) -> None:
+        self._problem, self._squares = problem, squares
+        self._norms = watched(problem.model)
+        self._makers: Makers[str] = Makers()
+        self._made: dict[Any, str] = {}
+        """The nodes of autograd's graph that made outputs, each with its layer."""
+        self._by_norms: Counter[Any] = Counter()
+        """How many norms were given the output of such a node."""
+        self._views: dict[Any, Any] = {}
+        """Of the nodes of views that were given to norms, the one that made the output."""
 
-    def after(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: add(name, gradient))
-            makers.note(output, name)
-            if len(output):
-                made[output.grad_fn] = name
+    @contextmanager
+    def watching(self, layers: dict[str, Any]) -> Iterator[None]:
+        """Watch the outputs of layers; `count` is to be called with each loss before its backward."""
+        with ExitStack() as stack:
+            stack.enter_context(listening(self._problem.model, self._before_norm))
+            for name, layer in layers.items():
+                handle = layer.register_forward_hook(
+                    lambda m, a, y, name=name: self._after(name, y)
+                )
+                stack.callback(handle.remove)
+            yield
 
-    def before(norm_name: str, x: Tensor, weights: Tensor) -> None:
-        if makers.maker_of(x) is not None and _is_by_batch(norms[norm_name]) and len(x):
-            node, path = x.grad_fn, []
-            while node is not None and node not in made:  # a view
-                path.append(node)
-                node = next((each for each, _ in node.next_functions), None)
-            views.update(dict.fromkeys(path, node))
-            by_norms[node] += 1
-
-    def look(loss: Tensor) -> None:
-        for node, uses in _uses(loss, made, views).items():
-            squares[made[node]][1] += 1
-            squares[made[node]][2] += uses <= by_norms[node]
-        for each in (made, views, by_norms):
+    def count(self, loss: Tensor) -> None:
+        """Count the outputs that a loss makes use of, and forget them."""
+        for node, uses in _uses(loss, self._made, self._views).items():
+            squares = self._squares[self._made[node]]
+            squares[1] += 1
+            squares[2] += uses <= self._by_norms[node]
+        for each in (self._made, self._views, self._by_norms):
             each.clear()
 
-    with ExitStack() as stack:
-        stack.enter_context(listening(problem.model, before))
-        for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda m, a, y, name=name: after(name, y))
-            stack.callback(handle.remove)
-        yield look
+    def _after(self, name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: self._add(name, gradient))
+            self._makers.note(output, name)
+            if len(output):
+                self._made[output.grad_fn] = name
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        self._squares[name][0] += (gradient.double() / self._problem.scale).square().sum()
+
+    def _before_norm(self, name: str, x: Tensor, weights: Tensor) -> None:
+        if self._makers.maker_of(x) is not None and _is_by_batch(self._norms[name]) and len(x):
+            node, path = x.grad_fn, []
+            while node is not None and node not in self._made:  # a view
+                path.append(node)
+                node = next((each for each, _ in node.next_functions), None)
+            self._views.update(dict.fromkeys(path, node))
+            self._by_norms[node] += 1
 
 
 def _uses(loss: Tensor, made: Collection[Any], views: Mapping[Any, Any]) -> Counter[Any]:
