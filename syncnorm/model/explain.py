@@ -167,18 +167,13 @@ def explain(
             with recorded_calls(model) as calls:
                 seen = record_shapes(model, sample)
             lints += model_lints(model, calls, sample)
-        lints += [] if optimizer is None else decay_lints(model, calls, optimizer)
-    switch = replaced(model)
-    lints += [] if switch is None else [switch]
-    local = stays_local(
-        {
-            name: m
-            for name, m in layers.items()
-            if is_home_made(m) and (m.training or not model.training)
-        }
-    )
-    lints += [] if local is None else [local]
-    lints += [] if loader is None else sampler_lints(loader)
+        if optimizer is not None:
+            lints += decay_lints(model, calls, optimizer)
+    trained = {name: m for name, m in layers.items() if m.training or not model.training}
+    local = stays_local({name: m for name, m in trained.items() if is_home_made(m)})
+    lints += [said for said in (replaced(model), local) if said is not None]
+    if loader is not None:
+        lints += sampler_lints(loader)
     world = world_size or len(groups.ranks(groups.existing_group(None)))
     is_alone = world_size is None and world == 1
     rows, parts = [], {}
@@ -188,7 +183,8 @@ def explain(
             name, layer, shapes, model.training and not layer.training, world, is_alone
         )
         rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
-        parts |= {} if part is None else {number: part}
+        if part is not None:
+            parts[number] = part
         lints += faults
     least = _least_sizes(parts.values())
     for number, part in parts.items():
