@@ -209,6 +209,8 @@ class LaggedSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: MomentsPool
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
         self.pool = MomentsPool(self, layers, buffers, self._follow_moments)

@@ -29,6 +29,8 @@ class RunningSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: MomentsPool
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         self.pool = MomentsPool(self, layers)
         self._steps = Steps(self.pool)
