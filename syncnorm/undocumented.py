@@ -377,6 +377,25 @@ def count_own_groups() -> int:
     return len(c10d._world.pg_names)
 
 
+# Modules.
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def is_within_itself(module: nn.Module) -> bool:
+    """True in a forward of `module`, or in a hook of it, that another forward of it has called.
+
+    Read from the stack, which no exception leaves wrong: torch runs no hook of a forward that ends
+    by a KeyboardInterrupt. (Not within code that `torch.compile` has made.)
+    """
+    stack, forwards = sys._getframe(), 0
+    while stack is not None and forwards < 2:
+        if stack.f_code is _CALL and stack.f_locals["self"] is module:
+            forwards += 1
+        stack = stack.f_back
+    return forwards > 1
+
+
 # Wrappers of models.
 
 

@@ -4,7 +4,8 @@
     layers run               each leaves the sums of its batch
     forward ends     send    what was left is sent, for all layers in one message
 
-A forward that raises sends nothing, and the next `begin` drops what it has left. Within `accumulate`,
+A forward that raises sends nothing, and the next `begin` drops what it has left. One that the model
+makes of itself, within a forward, is a part of that. Within `accumulate`,
 or a step of a sampler, several forwards are one step:
 
     block begins     begin
@@ -22,7 +23,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from syncnorm.recomputing import is_recomputing
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
+from syncnorm.undocumented import (
+    disable_dynamo,
+    is_within_itself,
+    unseen_by_selective_checkpoint,
+)
 
 
 class StepListener(Protocol):
@@ -70,6 +75,8 @@ class Steps:
         self.is_open = False
         """True if a training forward of the model is running."""
         self._handled: BaseException | None = None
+        self._has_inner = False
+        """True if the model has called itself in the running forward."""
 
     def attach(self, model: nn.Module) -> None:
         """Have the forwards of `model` delimit the steps."""
@@ -79,11 +86,11 @@ class Steps:
     def _before(self, model: nn.Module, args: object) -> None:
         trains = self.listener.trains()
         if trains or self.is_open:
-            self._delimit(begins=trains)
+            self._delimit(model, begins=trains)
 
     def _after(self, model: nn.Module, args: object, output: object) -> None:
         if self.is_open:
-            self._delimit(begins=None)
+            self._delimit(model, begins=None)
 
     @disable_dynamo
     def begin_block(self) -> None:
@@ -97,11 +104,11 @@ class Steps:
 
     @disable_dynamo
     @unseen_by_selective_checkpoint
-    def _delimit(self, begins: bool | None) -> None:
+    def _delimit(self, model: nn.Module, begins: bool | None) -> None:
         """Begin a forward, of training or not, or end it (None). A repeated one is no step."""
-        if is_recomputing():
+        if is_recomputing() or self._is_inner(model, begins):
             return
-        self.is_open = False
+        self.is_open = self._has_inner = False
         if begins:
             if self.is_held:
                 self.listener.keep()
@@ -117,9 +124,18 @@ class Steps:
             elif not has_raised and not self.is_held:
                 self.listener.send()
 
+    def _is_inner(self, model: nn.Module, begins: bool | None) -> bool:
+        """True if the forward that begins or ends is one that the running one has made."""
+        may_be = self.is_open and (begins is not None or self._has_inner)
+        if not (may_be and is_within_itself(model)):
+            return False
+        self._has_inner = True
+        return True
+
     def __getstate__(self) -> dict[str, object]:
         # A copy made within `accumulate`, or within a forward, is not part of it.
-        return {**self.__dict__, "is_held": False, "is_open": False, "_handled": None}
+        none = {"is_held": False, "is_open": False, "_handled": None, "_has_inner": False}
+        return {**self.__dict__, **none}
 
 
 def delimited_by(module: nn.Module) -> set[Steps]:

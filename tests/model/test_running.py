@@ -338,6 +338,56 @@ def test_a_layer_used_twice_gets_one_merged_update(pool):
         )
 
 
+class _CallsItself(nn.Module):
+    """Takes two scales, as in a pyramid, or has its own evaluation for a target."""
+
+    def __init__(self, sync: str, evaluates: bool) -> None:
+        super().__init__()
+        self.first, self.last = (SyncBatchNorm(4, sync=sync, dtype=torch.float64) for _ in "ab")
+        self.evaluates = evaluates
+        self.interrupts = False
+
+    def forward(self, x: Tensor, is_outer: bool = True) -> Tensor:
+        y = self.first(x)
+        if is_outer:
+            self.train(not self.evaluates)
+            inner = self(x + 10, False)
+            self.train()
+            y = self.last(y) + inner
+        elif self.interrupts:
+            self.interrupts = False
+            raise KeyboardInterrupt
+        return y
+
+
+def _calls_itself(sync: str, evaluates: bool) -> tuple[int, dict[str, Tensor]]:
+    model = prepare_ddp(_CallsItself(sync, evaluates))
+    x = uneven_batch(3, dist.get_rank())
+    with exchange.record() as record:
+        model(x).square().mean().backward()
+        # Of a forward that is interrupted torch tells nobody the end.
+        model.interrupts = not evaluates
+        with pytest.raises(KeyboardInterrupt) if model.interrupts else nullcontext():
+            model(x).square().mean().backward()
+        model(x).square().mean().backward()
+    return sum(e.kind == "all moments" for e in record), state_of(model)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_forward_that_the_model_makes_of_itself_is_a_part_of_it(pool, sync, evaluates):
+    steps = 3 if evaluates else 2
+    x = torch.cat([uneven_batch(3, rank) for rank in (0, 1)])
+    running = reference.RunningStatistics.initial(4)
+    for _ in range(steps):
+        reference.batch_norm(x if evaluates else torch.cat([x, x + 10]), running=running)
+    for sent, state in pool(2).run(_calls_itself, sync, evaluates):
+        assert sent == steps
+        assert state["first.num_batches_tracked"] == state["last.num_batches_tracked"] == steps
+        assert_close(state["first.running_mean"], running.mean, torch.float64, "running_mean")
+        assert_close(state["first.running_var"], running.var, torch.float64, "running_var")
+
+
 def test_a_copy_has_the_update_that_was_under_way():
     model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
     model(uneven_batch(6, 0))

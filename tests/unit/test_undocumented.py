@@ -413,6 +413,26 @@ def _after_ddp(ignored: list[str], is_told_late: bool) -> float:
     return model.running_mean.item()
 
 
+class _Nested(nn.Module):
+    def forward(self, x: Tensor, other: nn.Module | None = None) -> Tensor:
+        return x if other is None else other(x)
+
+
+def test_a_forward_within_one_of_the_same_module():
+    model, other = _Nested(), _Nested()
+    seen: list[bool] = []
+
+    def look(module: nn.Module, *_: object) -> None:
+        seen.append(undocumented.is_within_itself(module))
+
+    model.register_forward_pre_hook(look)
+    model.register_forward_hook(look)
+    model(torch.ones(2), other)
+    assert seen == [False] * 2
+    model(torch.ones(2), model)
+    assert seen == [False, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("is_told_late", [False, True])
 def test_ddp_reads_what_it_is_to_ignore(pool, is_told_late):
     assert pool(2).run(_after_ddp, [], is_told_late) == [0, 0]
