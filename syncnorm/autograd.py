@@ -56,6 +56,10 @@ class GradientMeans(Protocol):
         """
         ...
 
+    def for_inner_gradient(self) -> GradientMeans:
+        """The means of a gradient that is a part of a loss, to be differentiated, and no loss's own."""
+        ...
+
     def for_repetition(self) -> GradientMeans:
         """Another object of the same, for a repetition of the call, which belongs to no step."""
         ...
@@ -192,9 +196,8 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx, g, x, weight, mean, invstd, mask, anchor, gradient_means, bias_dtype, needs_input
     ):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads, means = _gradient(
-            g, x, weight, mean, invstd, mask, gradient_means, bias_dtype, needs_input
-        )
+        inner = gradient_means.for_inner_gradient()
+        grads, means = _gradient(g, x, weight, mean, invstd, mask, inner, bias_dtype, needs_input)
         ctx.save_for_backward(g, x, weight, mean, invstd, mask, *means)
         ctx.gradient_means, ctx.bias_dtype = gradient_means, bias_dtype
         return grads

@@ -195,7 +195,11 @@ class PooledMeans:
         total = exchange.sum_(local, self.group, "second", self.name)
         return total * reciprocal(self._moments.n)
 
+    def for_inner_gradient(self) -> PooledMeans:
+        return self.for_repetition()
+
     def for_repetition(self) -> PooledMeans:
+        # Without the shard: the loss that is to be scaled is another one.
         return PooledMeans(self._moments, self.group, self.name)
 
 

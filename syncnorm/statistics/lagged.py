@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,9 @@ class FixedMeans:
             f'"lagged" in layer {self.layer.label!r}. Its gradient is corrected by an average and '
             "is no derivative of its output."
         )
+
+    def for_inner_gradient(self) -> Self:
+        return self
 
     def for_repetition(self) -> FixedMeans:
         return FixedMeans(self.layer, self.estimate)

@@ -305,6 +305,28 @@ def test_layers_that_no_ddp_was_prepared_for_say_nothing_of_shards(pool):
     assert pool(2).run_each(_not_prepared, [(0,), (1,)]) == [[], []]
 
 
+def _penalty(sync: str, is_scaled: bool) -> list[str]:
+    Shard.has_warned = False
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync=sync)))
+    rank = dist.get_rank()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            x = torch.randn(2 + 2 * rank, 3, requires_grad=True)
+            (dx,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+            loss = dx.square().sum(1).mean() + model(x).square().mean()
+            (scale_loss(loss, len(x)) if is_scaled else loss).backward()
+    return [str(w.message) for w in caught if w.category is UnevenShardsWarning]
+
+
+@pytest.mark.parametrize("is_scaled", [True, False])
+@pytest.mark.parametrize("sync", ["batch", "running"])
+def test_a_gradient_within_a_loss_needs_no_scaling(pool, sync, is_scaled):
+    """As in a gradient penalty, whose mean is what is scaled."""
+    found = pool(2).run(_penalty, sync, is_scaled)
+    assert [len(each) for each in found] == [0 if is_scaled else 1] * 2
+
+
 def _scaled_under_checkpointing(is_reentrant: bool) -> list[str]:
     Shard.has_warned = False
     model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4)))
