@@ -34,6 +34,27 @@ def test_a_model_called_by_its_parts_is_noticed(pool):
     assert "got a direct call of layer '0.0'. Call the model itself" in answers[0]
 
 
+class _SetsItsMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = KINDS["norm"](4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.train()(x)
+
+
+def _trained_within_an_evaluation() -> str:
+    model = prepare_ddp(_SetsItsMode()).eval()
+    with pytest.raises(InputError) as raised:
+        model(uneven_batch(3, 0))
+    return str(raised.value)
+
+
+def test_a_mode_that_is_set_within_the_forward_is_named(pool):
+    for answer in pool(2).run(_trained_within_an_evaluation):
+        assert "layer 'layer'. Call the model itself, with some of its layers in training" in answer
+
+
 def _bad_mask(bad_rank: int) -> list[str]:
     layer = KINDS["norm"](4)
     model = prepare_ddp(Masked(layer))
