@@ -19,7 +19,7 @@ from syncnorm import tracing
 from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
-from syncnorm.undocumented import leave_uncompiled, plain_apply
+from syncnorm.undocumented import is_wrapper, leave_uncompiled, plain_apply
 
 # Of what follows x, weight and bias among the arguments below.
 _NO_GRADIENTS = (None,) * 7
@@ -57,6 +57,8 @@ class FusedNormalize(torch.autograd.Function):
         g = g.resolve_neg()
         tracer = tracing.tracer_of(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        # Kernels would read at its address, which is none. (Most calls ask only for the type.)
+        is_seen = is_seen or (type(g) is not Tensor and is_wrapper(g))
         if is_seen or (tracer is not None and tracer != tracing.FAKE):
             grads = _differentiable(ctx, g, x, weight, rows, mask, tracer)
             return *grads, *_NO_GRADIENTS
@@ -83,7 +85,10 @@ def _differentiable(
     mask: Tensor | None,
     tracer: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient in operators that torch knows: batched, differentiated again or compiled."""
+    """The gradient in operators that torch knows: batched, differentiated again or compiled.
+
+    So is one of a wrapper, such as a functional collective's that nobody has waited for yet.
+    """
     mean, _, invstd, *correction = rows.unbind()
     folded = weight
     if correction:

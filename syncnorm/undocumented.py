@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     _pop_mode,
     _push_mode,
+    is_traceable_wrapper_subclass,
 )
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
@@ -149,6 +150,15 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 """True for a batch of gradients: `torch.autograd.grad(..., is_grads_batched=True)`."""
+
+
+def is_wrapper(t: Tensor) -> bool:
+    """True for a tensor that has its numbers in others, and no memory: its address is 0.
+
+    Such as what a functional collective gives before it is waited for, which operators do.
+    """
+    return is_traceable_wrapper_subclass(t)
+
 
 count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """The number of dispatch modes that are active."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
@@ -23,10 +24,18 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from syncnorm import SyncBatchNorm, prepare_ddp, reference, scale_loss
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    prepare_ddp,
+    reference,
+    scale_loss,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
+from tests.as_device import call_as_device
 from tests.model.parts import uneven_batch
 
 SIZES = (5, 3)
@@ -273,3 +282,52 @@ def _low_precision() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     assert model[1].weight.grad is not None
     assert _full(model[1].weight.grad).isfinite().all()
     return seen[0], seen[1], {k: _full(v).clone() for k, v in model.state_dict().items()}
+
+
+class _Copied(torch.autograd.Function):
+    """What all workers of a tensor-parallel group read: the gradients of all of them are added up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        total = functional_collectives.all_reduce(g, "sum", dist.group.WORLD)
+        assert type(total) is functional_collectives.AsyncCollectiveTensor
+        return total
+
+
+def _unwaited(renormalised: bool, which: str) -> list[Tensor]:
+    """y and the gradients of a layer whose input or gradient is a sum that nobody has waited for."""
+    torch.manual_seed(0)
+    layer = SyncBatchNorm(4).double()
+    if renormalised:
+        layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5)).double()
+    x, g = torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    if which == "input":
+        x = functional_collectives.all_reduce(x / 2, "sum", dist.group.WORLD)
+        assert type(x) is functional_collectives.AsyncCollectiveTensor
+    x.requires_grad_()
+    y = layer(x)
+    is_copied = which == "gradient"
+    grads = torch.autograd.grad(
+        _Copied.apply(y) if is_copied else y,
+        [x, layer.weight, layer.bias],
+        g / 2 if is_copied else g,
+    )
+    return [functional_collectives.wait_tensor(t.detach()).clone() for t in (y, *grads)]
+
+
+@pytest.mark.parametrize("renormalised", [False, True])
+@pytest.mark.parametrize("which", ["input", "gradient"])
+@pytest.mark.parametrize("course", [None, "composed", "triton"])
+def test_a_sum_that_nobody_has_waited_for(pool, course, which, renormalised):
+    """Functional collectives give tensors that have no memory of their own: kernels cannot read them."""
+    if course == "triton":
+        pytest.importorskip("triton")
+    call = [_unwaited] if course is None else [call_as_device, course, _unwaited]
+    expected = pool(2).run(_unwaited, renormalised, "")
+    for got, values in zip(pool(2).run(*call, renormalised, which), expected, strict=True):
+        for name, one, other in zip(("y", "x", "weight", "bias"), got, values, strict=True):
+            assert_close(one, other, torch.float64, name, 10)

@@ -16,6 +16,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -176,6 +177,19 @@ def test_dispatch_modes():
     with FakeTensorMode():
         assert undocumented.count_dispatch_modes() == 1
         assert isinstance(torch.ones(3), undocumented.FakeTensor)
+
+
+def test_a_wrapper_has_no_memory():
+    wrapper = AsyncCollectiveTensor(torch.ones(3))
+    assert undocumented.is_wrapper(wrapper)
+    assert wrapper.data_ptr() == 0
+    for t in (torch.ones(3), nn.Parameter(torch.ones(3)), torch.ones(3).as_subclass(_Subclass)):
+        assert not undocumented.is_wrapper(t)
+        assert t.data_ptr()
+
+
+class _Subclass(Tensor):
+    pass
 
 
 def test_selective_checkpointing_alone_sees_nothing_of_a_function():

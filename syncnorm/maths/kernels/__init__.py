@@ -37,7 +37,7 @@ from syncnorm.maths.kernels import composed, cpu, native, portable, traced, trit
 from syncnorm.maths.kernels.arguments import Reference, Scheduled
 from syncnorm.maths.kernels.composed import is_weight
 from syncnorm.maths.precision import sum_dtype
-from syncnorm.undocumented import FakeTensor
+from syncnorm.undocumented import FakeTensor, is_wrapper
 
 __all__ = [
     "Reference",
@@ -78,8 +78,9 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
         return native if x.numel() else composed
     if is_host(x) or isinstance(x, FakeTensor):
         return None
-    # An empty tensor has no launch that fits it, and one kept with the other sign is misread.
-    if x.numel() == 0 or any(t is not None and t.is_neg() for t in (x, *others)):
+    # An empty tensor has no launch that fits it, and one kept with the other sign, or in another
+    # tensor, is misread.
+    if x.numel() == 0 or any(t is not None and (t.is_neg() or is_wrapper(t)) for t in (x, *others)):
         return composed
     return _preferred(x.device)
 
