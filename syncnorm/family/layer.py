@@ -50,7 +50,7 @@ class Pooling(nn.Module):
         self.kept_from_ddp: set[str] = set()
         """The names of its buffers that DistributedDataParallel is not to broadcast."""
         self.gradient_scale = 1
-        """What gradients are divided by when they are averaged: the workers of `prepare_ddp`.
+        """What gradients are divided by when they are averaged: the workers of `prepare_ddp`, or of DDP.
 
         What is kept of gradients is kept without it, and holds for any number of workers.
         """

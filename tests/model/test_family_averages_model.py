@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import convert, join, prepare_ddp, revert, scale_loss
 from syncnorm.family import MABN, L1BatchNorm, OnlineNorm, PowerNorm, UnifiedNorm
-from syncnorm.testing import shard
+from syncnorm.testing import RankPool, shard
 
 STEPS = 8
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -61,6 +62,37 @@ def test_training_with_ddp_is_training_on_the_whole_batches(pool, name):
     for key, value in trained(name, batches, is_parallel=False).items():
         torch.testing.assert_close(by_rank[0][key], value, rtol=1e-10, atol=1e-10)
         assert torch.equal(by_rank[0][key], by_rank[1][key])
+
+
+def begun_anew(name: str, path: str) -> dict[str, Tensor] | None:
+    """Train on two workers, and go on with one, in a torch.distributed that is begun anew."""
+    rank = dist.get_rank()
+    bare = prepare_ddp(network(name))
+    optimizer = torch.optim.SGD(bare.parameters(), 0.05)
+    for workers, steps in ((2, range(4)), (1, range(4, STEPS))):
+        model = DistributedDataParallel(bare)
+        for step in steps:
+            x = batch(step).chunk(workers)[rank]
+            optimizer.zero_grad()
+            scale_loss(model(x).square().mean(), len(x)).backward()
+            optimizer.step()
+        del model
+        if workers == 2:
+            dist.destroy_process_group()
+            if rank:
+                return None
+            dist.init_process_group("gloo", f"file://{path}", rank=0, world_size=1)
+    return dict(bare.state_dict())
+
+
+@pytest.mark.parametrize("name", ["power", "mabn", "unified"])
+def test_other_workers_in_one_process_go_on_with_the_averages(name, tmp_path):
+    """DistributedDataParallel divides the gradients by another number of workers then."""
+    with RankPool(2) as ranks:
+        state, _ = ranks.run(begun_anew, name, str(tmp_path / "rendezvous"))
+    batches = [batch(step) for step in range(STEPS)]
+    for key, value in trained(name, batches, is_parallel=False).items():
+        torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-10)
 
 
 def joined(name: str, count: int) -> dict[str, Tensor]:
