@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -286,7 +288,18 @@ class _Opaque(_Counter):
 def _failed(kind: str, counts: list[int]) -> str:
     rank = dist.get_rank()
     wrapped = DistributedDataParallel(prepare_ddp(_Net(SyncBatchNorm).double()))
-    own = {"opaque": [_Opaque()], "stateless": [object()]}.get(kind, [])
+    parameters = list(wrapped.parameters())
+    own = {
+        "opaque": lambda: [_Opaque()],
+        "stateless": lambda: [object()],
+        "zero": lambda: [
+            torch.optim.SGD(parameters),
+            ZeroRedundancyOptimizer(parameters, torch.optim.SGD),
+        ],
+        "local": lambda: [
+            PostLocalSGDOptimizer(torch.optim.SGD(parameters), PeriodicModelAverager(2))
+        ],
+    }.get(kind, list)()
     try:
         with join(wrapped, *own):
             for x in batches_of(rank, counts[rank]):
@@ -311,6 +324,18 @@ def test_what_is_refused(pool):
         assert said.startswith(
             "InputError: `stateful` must have the methods state_dict and load_state_dict, got "
             "object."
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("zero", "ZeroRedundancyOptimizer"), ("local", "PostLocalSGDOptimizer")]
+)
+def test_optimizers_that_step_together_are_refused(pool, kind, name):
+    """They would wait for a worker without data until the timeout."""
+    for said in pool(2).run(_failed, kind, [1, 2]):
+        assert said.startswith(
+            "InputError: `stateful` must exchange nothing where workers may run out of data, got "
+            f"{name} of torch.distributed"
         )
 
 

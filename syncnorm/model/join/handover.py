@@ -16,6 +16,12 @@ from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 
+# The modules of torch's optimizers whose steps exchange parameters. Not imported: few have them.
+_STEPPING_TOGETHER = {
+    "torch.distributed.optim.post_localSGD_optimizer",
+    "torch.distributed.optim.zero_redundancy_optimizer",
+}
+
 
 class Stateful(Protocol):
     """An object whose state can be handed over, such as an optimizer or a counter of the user's."""
@@ -26,8 +32,15 @@ class Stateful(Protocol):
 
 
 def check(stateful: Sequence[Stateful]) -> None:
-    """Raise InputError unless all have a state."""
+    """Raise InputError unless all have a state, which they keep without collectives of their own."""
     for each in stateful:
+        if any(base.__module__ in _STEPPING_TOGETHER for base in type(each).__mro__):
+            raise InputError(
+                "`stateful` must exchange nothing where workers may run out of data, got "
+                f"{type(each).__name__} of torch.distributed, whose steps the workers make together. "
+                "Use an optimizer that each worker has whole, or give the workers equally many "
+                "batches, empty ones if need be."
+            )
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise InputError(
                 "`stateful` must have the methods state_dict and load_state_dict, got "

@@ -63,8 +63,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     Raises:
         InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a
             worker's last step) or pools over other workers than the rest; DDP sends by NCCL; FSDP
-            shards the model; one of `stateful` has no state; the model is in a `join` or in
-            `accumulate` already.
+            shards the model; one of `stateful` has no state, or is an optimizer of torch's whose
+            steps exchange parameters; the model is in a `join` or in `accumulate` already.
         FaultError: the workers that still have data begin different forwards; the same on all
             workers.
         ExchangeError: another worker's block ended with an error.
