@@ -232,12 +232,14 @@ class FamilyLayer(Pooling):
         return self.finish(self.standardized(widened(x))).to(x.dtype)
 
     def check(self, x: Tensor) -> None:
-        """Raise InputError for an input of another shape, before any exchange."""
+        """Raise InputError for an input of another shape or a DTensor, before any exchange."""
         if self.training and undocumented.is_tracing():
             raise InputError(
                 f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
                 "the numbers of this batch. Call model.eval() first."
             )
+        if self.training and type(x) is not Tensor:
+            checks.check_local(x)  # before what may read its memory
         checks.check_input(x, self.num_features)
 
     def standardized(self, x: Tensor, *weights: Tensor | None) -> Tensor:

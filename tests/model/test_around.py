@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
+from syncnorm.family import OnlineNorm, PowerNorm
 from syncnorm.testing import assert_close
 from tests.as_device import call_as_device
 from tests.model.parts import uneven_batch
@@ -226,19 +228,21 @@ def _fully_sharded(
     return {k: _full(v).clone() for k, v in model.state_dict().items()}
 
 
-def _by_dtensor(placement: Placement) -> str:
+def _by_dtensor(placement: Placement, norm: Callable[[int], nn.Module]) -> str:
     mesh = init_device_mesh("cpu", (2,))
-    layer = distribute_module(prepare_ddp(SyncBatchNorm(4)), mesh)
+    layer = distribute_module(prepare_ddp(norm(4)), mesh)
     x = distribute_tensor(torch.randn(8, 4), mesh, [placement])
-    layer.eval()(x)
+    if norm is SyncBatchNorm:
+        layer.eval()(x)
     with pytest.raises(InputError) as caught:
         layer.train()(x)
     return str(caught.value)
 
 
+@pytest.mark.parametrize("norm", [SyncBatchNorm, OnlineNorm, PowerNorm])
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
-def test_a_dtensor_is_one_error_on_all_workers(pool, placement):
-    for said in pool(2).run(_by_dtensor, placement):
+def test_a_dtensor_is_one_error_on_all_workers(pool, placement, norm):
+    for said in pool(2).run(_by_dtensor, placement, norm):
         assert "`x` must be this worker's shard in training, got a DTensor of shape (8, 4)" in said
 
 
