@@ -6,6 +6,7 @@ this process share the group, a pickle holds the rule or the ranks.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ class GivenGroup:
         self.group = group
         self.members = Ranks(tuple(dist.get_process_group_ranks(group)))
         self.is_world = group is dist.group.WORLD
-        self.name = group.group_name
+        # torch gives a name again once torch.distributed was shut down and begun anew.
+        self.name = f"{group.group_name} {next(_numbers)}"
         _by_name[self.name] = self
 
     @property
@@ -65,7 +67,8 @@ class GivenGroup:
         return f"ranks {list(self.members.members)}"
 
 
-# For compiled code: by the names of their groups.
+_numbers = itertools.count()
+# For compiled code, by their names.
 _by_name: weakref.WeakValueDictionary[str, GivenGroup] = weakref.WeakValueDictionary()
 
 GroupHandle = GivenGroup | NotMember | Rule | None
@@ -173,7 +176,8 @@ def of_name(name: str) -> Spec | GroupHandle:
     """Return the group, rule or handle of a name that `to_name` gave."""
     kind, _, rest = name.partition(" ")
     if kind == "group":
-        return _by_name.get(rest) or undocumented.group_of_name(rest)
+        # A backward pass may outlive its layer, and the handle.
+        return _by_name.get(rest) or undocumented.group_of_name(rest.split()[0])
     if kind == "rule":
         return int(rest) if rest.isdecimal() else rest
     if kind == "outside":

@@ -8,6 +8,7 @@ have that, too.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import shutil
 import warnings
@@ -33,7 +34,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
-from syncnorm.testing import assert_close
+from syncnorm.testing import RankPool, assert_close
 from tests.covering import covering
 from tests.distributed.steps import (
     Batch,
@@ -104,6 +105,63 @@ def test_the_compiled_layer_is_the_whole_batch_and_its_exchanges_are_counted(poo
 
 def test_the_compiled_layer_with_a_mask_over_a_group_of_its_own(pool):
     _check_compiled(pool, {}, [2, 4], masked=True, in_group=True)
+
+
+def _in_a_group_of_before(path: str) -> tuple[list[Tensor], bool]:
+    """Running means in both of two torch.distributed, the group being one of the first.
+
+    And whether a group of the second, of other ranks, has its name.
+    """
+    rank, means, names = dist.get_rank(), [], []
+    parts = [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
+    layer, others = SyncBatchNorm(CHANNELS, momentum=1.0), []
+    compiled = _compiled(layer)
+    for ranks in parts:
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", f"file://{path}{len(means)}", rank=rank, world_size=4)
+        (group,) = (g for g in map(dist.new_group, ranks) if isinstance(g, dist.ProcessGroup))
+        others.append(SyncBatchNorm(CHANNELS, process_group=group))
+        if not means:
+            layer.process_group = group
+        compiled(_sample(2, rank, torch.float32))
+        assert layer.running_mean is not None
+        means.append(layer.running_mean.clone())
+        names.append(group.group_name)
+    return means, names[0] == names[1]
+
+
+def test_a_compiled_layer_in_a_group_of_a_torch_distributed_that_was_shut_down(tmp_path):
+    """Its ranks are those that it was given; torch gives their name to others."""
+    with RankPool(4) as ranks:
+        answers = ranks.run(_in_a_group_of_before, str(tmp_path / "rendezvous"))
+    assert any(is_same for _, is_same in answers)
+    for rank, (means, _) in enumerate(answers):
+        pair = [_sample(2, each, torch.float32) for each in (rank // 2 * 2, rank // 2 * 2 + 1)]
+        for mean in means:
+            assert_close(mean, torch.cat(pair).mean((0, 2)), torch.float32, "running_mean")
+
+
+def _after_its_layer() -> tuple[Tensor, list[str]]:
+    layer = SyncBatchNorm(CHANNELS, affine=False, process_group=dist.new_group([0, 1]))
+    x = _sample(3, dist.get_rank()).requires_grad_()
+    y = _compiled(layer)(x)
+    del layer
+    torch._dynamo.reset()
+    gc.collect()
+    with exchange.record() as exchanges:
+        (y * y.detach().cos()).sum().backward()
+    assert x.grad is not None
+    return x.grad, [e.kind for e in exchanges]
+
+
+def test_a_compiled_backward_pass_that_outlives_its_layer(pool):
+    x = torch.cat([_sample(3, rank) for rank in range(2)]).requires_grad_()
+    y = nn.BatchNorm1d(CHANNELS, affine=False).double()(x)
+    (y * y.detach().cos()).sum().backward()
+    assert x.grad is not None
+    answers = pool(2).run(_after_its_layer)
+    assert_close(torch.cat([grad for grad, _ in answers]), x.grad, torch.float64, "gradient", 10)
+    assert all(kinds == ["gradients"] for _, kinds in answers)
 
 
 def _exchanges_where_some_need_gradients(needs_grad: list[bool]) -> list[tuple[str, int]]:
