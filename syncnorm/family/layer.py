@@ -238,9 +238,9 @@ class FamilyLayer(Pooling):
                 f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
                 "the numbers of this batch. Call model.eval() first."
             )
+        checks.check_input(x, self.num_features)
         if self.training and type(x) is not Tensor:
             checks.check_local(x)  # before what may read its memory
-        checks.check_input(x, self.num_features)
 
     def standardized(self, x: Tensor, *weights: Tensor | None) -> Tensor:
         """Normalise as the mode says, or as `evaluation_statistics` does."""
