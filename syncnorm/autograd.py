@@ -57,7 +57,7 @@ class GradientMeans(Protocol):
         ...
 
     def for_inner_gradient(self) -> GradientMeans:
-        """The means of a gradient that is a part of a loss, to be differentiated, and no loss's own."""
+        """The same for a gradient that enters a loss (`create_graph=True`), as in a gradient penalty."""
         ...
 
     def for_repetition(self) -> GradientMeans:

@@ -55,9 +55,11 @@ class FusedNormalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, rows, mask = ctx.saved_tensors
         g = g.resolve_neg()
+        if type(g) is not Tensor and is_wrapper(g):
+            g = g.clone()  # a functional collective's: waits for it
         tracer = tracing.tracer_of(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        # Kernels would read at its address, which is none. (Most calls ask only for the type.)
+        # Kernels would read at its address, which is none.
         is_seen = is_seen or (type(g) is not Tensor and is_wrapper(g))
         if is_seen or (tracer is not None and tracer != tracing.FAKE):
             grads = _differentiable(ctx, g, x, weight, rows, mask, tracer)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncnorm import checks, ops
-from syncnorm.undocumented import is_tracing, unseen_by_selective_checkpoint
+from syncnorm.undocumented import is_jit_tracing, unseen_by_selective_checkpoint
 
 
 @unseen_by_selective_checkpoint
@@ -45,7 +45,7 @@ def _is_misread(x: Tensor) -> bool:
     It does so for images on a CPU with sizes of 1, whose strides say nothing. Those that lie
     channels last, these sizes included, are safe. In code that others run it is theirs to see.
     """
-    if torch.compiler.is_compiling() or is_tracing():
+    if torch.compiler.is_compiling() or is_jit_tracing():
         return False
     if not (x.is_cpu and x.ndim > 3 and 1 in x.shape and torch.is_grad_enabled()):
         return False

@@ -182,14 +182,14 @@ class SyncNorm(_BatchNorm):
         """
         weight, bias = self.weight, self.bias
         local = ops.local_sums(x, mask, weight, bias)
-        is_traced = local.is_compiled or local.tracer is not None
-        statistic = repeated.find(self) if local.is_repeated and not is_traced else None
+        is_unread = local.is_compiled or local.tracer is not None
+        statistic = repeated.find(self) if local.is_repeated and not is_unread else None
         if statistic is None:
             statistic = self.new_statistic(local)
         y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
         if not local.is_repeated and not self.has_frozen_statistics:
             self._follow(local, statistic)
-        if not is_traced and not local.is_repeated and may_be_repeated():
+        if not is_unread and not local.is_repeated and may_be_repeated():
             repeated.keep(self, statistic)
         return y
 

@@ -27,7 +27,7 @@ from syncnorm.undocumented import (
     has_legacy_batch,
     has_proxy_mode,
     has_transform,
-    is_tracing,
+    is_jit_tracing,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,7 +43,7 @@ def tracer_of(t: Tensor) -> str | None:
         return dynamo_tracer()
     if not (
         has_transform()
-        or is_tracing()
+        or is_jit_tracing()
         or count_dispatch_modes()
         or forward_mode_level() >= 0
         or t.is_meta
@@ -57,7 +57,7 @@ def tracer_of(t: Tensor) -> str | None:
 def _name(t: Tensor) -> str | None:
     if has_transform():
         return "a transform of torch.func"
-    if is_tracing():
+    if is_jit_tracing():
         return "torch.jit.trace"
     if forward_mode_level() >= 0:
         return "forward-mode differentiation"

@@ -145,7 +145,7 @@ def dynamo_tracer() -> str | None:
 # answer for itself: in torch 2.11, that whatever it compiles is exported.
 dynamo_tracer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
-is_tracing: Callable[[], bool] = torch._C._is_tracing
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 """True within torch.jit.trace."""
 
 has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,9 +153,9 @@ has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batch
 
 
 def is_wrapper(t: Tensor) -> bool:
-    """True for a tensor that has its numbers in others, and no memory: its address is 0.
+    """True for a tensor that keeps its numbers in others, which torch can take apart.
 
-    Such as what a functional collective gives before it is waited for, which operators do.
+    Such as what a functional collective gives: its address is 0, and operators wait for its numbers.
     """
     return is_traceable_wrapper_subclass(t)
 

@@ -32,6 +32,7 @@ from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError, InputError
 from syncnorm.maths import kernels
+from syncnorm.undocumented import is_wrapper
 
 __all__ = [
     "NO_DATA",
@@ -106,6 +107,8 @@ def sum_(
     if isinstance(group, NamedGroup):
         return torch.ops.syncnorm.sum(message, group.name, kind, name)  # of comm.compiled
     start = time.perf_counter()
+    if type(message) is not Tensor:
+        message = _in_memory(message)
     segment = shared.segment_of(group) if message.is_cpu else None
     if segment is None:
         flight, total, is_same = _sum_by_torch(message, group, kind, name)
@@ -153,6 +156,11 @@ def _envelope(way: str, kind: str, name: str, count: int, room: int) -> tuple[in
     return size_of(count, room), int.from_bytes(digest, "big") >> 27 | 1 << 37
 
 
+def _in_memory(message: Tensor) -> Tensor:
+    """The message itself; a copy of what a functional collective gives, once it is there."""
+    return message.clone() if is_wrapper(message) else message
+
+
 def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
     """The two levels of a group on several hosts; None where messages go by torch.distributed."""
     levels = hosts.levels_of(group) if message.is_cpu else None
@@ -167,7 +175,7 @@ def _wire(message: Tensor, flight: InFlight) -> Tensor:
     size, identity = flight.envelope
     if not identity:
         return message
-    return kernels.fused_for_message(message).seal(message, size, identity)
+    return kernels.message_kernels(message).add_identity(message, size, identity)
 
 
 def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bool]:
@@ -182,7 +190,7 @@ def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bo
     total = wire[:count].view(message.shape)
     if is_host(wire) or debug.is_on:
         return total, math.fmod(wire[-1].item(), identity) == 0
-    kernels.fused_for_message(wire).unseal_(wire, count, identity)
+    kernels.message_kernels(wire).compare_identity_(wire, count, identity)
     return total, True
 
 
@@ -274,6 +282,8 @@ def start_sum(
     if group is None:
         return Pending(message)
     start = time.perf_counter()
+    if type(message) is not Tensor:
+        message = _in_memory(message)
     segment = shared.segment_of(group) if message.is_cpu else None
     flight = _begin("native sum" if segment else "sum", message, group, kind, name)
     wire, sent = None, None

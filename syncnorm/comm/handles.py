@@ -70,6 +70,18 @@ class GivenGroup:
 _numbers = itertools.count()
 # For compiled code, by their names.
 _by_name: weakref.WeakValueDictionary[str, GivenGroup] = weakref.WeakValueDictionary()
+# By the id of what was given, which its handle keeps: one name for all layers that are given it, so
+# that they can have one compiled graph.
+_of_given: weakref.WeakValueDictionary[int, GivenGroup] = weakref.WeakValueDictionary()
+
+
+def _handle_of(given: Group | DeviceMesh, group: Group) -> GivenGroup:
+    """The handle of a group or mesh, the same while somebody has it."""
+    known = _of_given.get(id(given))
+    if known is None or known.group is not group:
+        known = _of_given[id(given)] = GivenGroup(given, group)
+    return known
+
 
 GroupHandle = GivenGroup | NotMember | Rule | None
 """The form in which a module keeps a `Spec`: it can be copied and pickled."""
@@ -84,7 +96,7 @@ def to_handle(process_group: Spec | GroupHandle) -> GroupHandle:
     if process_group is None or isinstance(process_group, GivenGroup | NotMember):
         return process_group
     if isinstance(process_group, Group):
-        return GivenGroup(process_group, _check_current(process_group))
+        return _handle_of(process_group, _check_current(process_group))
     if isinstance(process_group, DeviceMesh):
         return _handle_of_mesh(process_group)
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -99,7 +111,7 @@ def _handle_of_mesh(mesh: DeviceMesh) -> GivenGroup | NotMember:
             f"{mesh.mesh_dim_names or tuple(range(mesh.ndim))} of sizes {tuple(mesh.shape)}. "
             "Take one of them: mesh[name]."
         )
-    return NotMember() if mesh.get_coordinate() is None else GivenGroup(mesh, mesh.get_group())
+    return NotMember() if mesh.get_coordinate() is None else _handle_of(mesh, mesh.get_group())
 
 
 def _check_current(group: Group) -> Group:

@@ -233,7 +233,7 @@ class FamilyLayer(Pooling):
 
     def check(self, x: Tensor) -> None:
         """Raise InputError for an input of another shape or a DTensor, before any exchange."""
-        if self.training and undocumented.is_tracing():
+        if self.training and undocumented.is_jit_tracing():
             raise InputError(
                 f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
                 "the numbers of this batch. Call model.eval() first."

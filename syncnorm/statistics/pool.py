@@ -143,8 +143,8 @@ class MomentsPool:
         if not local.is_repeated and not layer.has_frozen_statistics:
             raise InputError(
                 f"`sync={layer.sync!r}` must be used through the model that was given to "
-                f"prepare_ddp, got a direct call of layer {layer.label!r}. Call the model itself, with "
-                "some of its layers in training mode before (not only from within its forward), or "
+                f"prepare_ddp, got a direct call of layer {layer.label!r}. Call the model itself, and "
+                "put its layers into training mode before the call, not within its forward; or "
                 "prepare the part that is called. A part that models share is prepared by itself: "
                 "a layer has the model that was prepared last."
             )

@@ -4,9 +4,9 @@
     layers run               each leaves the sums of its batch
     forward ends     send    what was left is sent, for all layers in one message
 
-A forward that raises sends nothing, and the next `begin` drops what it has left. One that the model
-makes of itself, within a forward, is a part of that. Within `accumulate`,
-or a step of a sampler, several forwards are one step:
+A forward that raises sends nothing, and the next `begin` drops what it has left. A forward that the
+model calls within its own forward is part of the outer one. Within `accumulate`, or a step of a
+sampler, several forwards are one step:
 
     block begins     begin
     forward begins   keep    what the forwards before it have left

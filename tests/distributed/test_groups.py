@@ -740,3 +740,18 @@ def test_what_a_layer_shows_of_its_workers():
     layer.process_group = 2
     assert layer.process_group == 2
     assert "process_group=2)" in repr(layer)
+
+
+def _names_of_handles() -> list[str]:
+    first, other = (dist.new_group([0, 1]) for _ in range(2))
+    mesh = init_device_mesh("cpu", (2,))
+    kept = [live.to_handle(given) for given in (first, first, other, mesh, mesh)]
+    return [getattr(handle, "name", "") for handle in kept]
+
+
+def test_layers_that_are_given_one_group_can_share_compiled_code(pool):
+    """Its name is a constant of their graphs; that of another group is another."""
+    for names in pool(2).run(_names_of_handles):
+        assert names[0] == names[1]
+        assert names[3] == names[4]
+        assert len({*names}) == 3

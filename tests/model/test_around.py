@@ -29,12 +29,14 @@ from syncnorm import (
     RenormSchedule,
     SyncBatchNorm,
     SyncBatchRenorm,
+    gather,
     prepare_ddp,
     reference,
     scale_loss,
+    shards,
 )
 from syncnorm.comm import exchange
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, UnevenShardsWarning
 from syncnorm.family import OnlineNorm, PowerNorm
 from syncnorm.testing import assert_close
 from tests.as_device import call_as_device
@@ -335,3 +337,37 @@ def test_a_sum_that_nobody_has_waited_for(pool, course, which, renormalised):
     for got, values in zip(pool(2).run(*call, renormalised, which), expected, strict=True):
         for name, one, other in zip(("y", "x", "weight", "bias"), got, values, strict=True):
             assert_close(one, other, torch.float64, name, 10)
+
+
+def _unwaited_rows() -> Tensor:
+    """The gradient of `gather`, which is sent on, of a sum that nobody has waited for."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.arange(12.0, dtype=torch.float64).view(4, 3)
+    (dx,) = torch.autograd.grad(_Copied.apply(gather(x)), x, g / 2)
+    return functional_collectives.wait_tensor(dx)
+
+
+@pytest.mark.parametrize("course", [None, "composed", "triton"])
+def test_a_message_that_nobody_has_waited_for(pool, course):
+    if course == "triton":
+        pytest.importorskip("triton")
+    call = [_unwaited_rows] if course is None else [call_as_device, course, _unwaited_rows]
+    for rank, rows in enumerate(pool(2).run(*call)):
+        # Of the copies of both workers.
+        assert torch.equal(
+            rows, 2 * torch.arange(12.0, dtype=torch.float64).view(4, 3)[2 * rank :][:2]
+        )
+
+
+def _warned_of_unwaited() -> int:
+    shards.Shard.has_warned = False
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4)))
+    y = model(torch.randn(2 + 2 * dist.get_rank(), 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y.backward(functional_collectives.AsyncCollectiveTensor(torch.ones_like(y)))
+    return sum(w.category is UnevenShardsWarning for w in caught)
+
+
+def test_a_gradient_that_nobody_has_waited_for_is_a_losss(pool):
+    assert pool(2).run(_warned_of_unwaited) == [1, 1]

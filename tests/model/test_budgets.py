@@ -45,7 +45,7 @@ BUDGETS = {
     "lagged": ((6, 3), (3, 5)),
 }
 # Packed with its identity, sent, and its identity compared.
-MESSAGE = ["seal", "allreduce_", "unseal"]
+MESSAGE = ["add_identity", "allreduce_", "compare_identity"]
 WITHOUT_TRITON = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132

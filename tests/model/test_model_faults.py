@@ -52,7 +52,9 @@ def _trained_within_an_evaluation() -> str:
 
 def test_a_mode_that_is_set_within_the_forward_is_named(pool):
     for answer in pool(2).run(_trained_within_an_evaluation):
-        assert "layer 'layer'. Call the model itself, with some of its layers in training" in answer
+        assert (
+            "layer 'layer'. Call the model itself, and put its layers into training mode" in answer
+        )
 
 
 def _bad_mask(bad_rank: int) -> list[str]:

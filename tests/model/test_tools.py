@@ -334,7 +334,7 @@ def test_one_rank_may_look_alone(pool):
     assert first[1] == second[1] == []
 
 
-def test_what_looks_is_known_by_name():
+def test_a_tracer_is_known_by_name():
     """Undocumented functions of torch's tell: a release in which they do not is noticed here."""
     seen: list[str | None] = []
 

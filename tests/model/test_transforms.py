@@ -213,7 +213,7 @@ def test_a_mask_counts_under_a_transform_as_without(mask):
     assert vjp(lambda x: layer(x, -mask), sample())[0].isnan().all(), "weights that are none"
 
 
-# Several workers: what looks would not see the exchange.
+# Several workers: a tracer would not see the exchange.
 
 
 def _refused(use: str, sync: str) -> tuple[str, list[str], list[float]]:

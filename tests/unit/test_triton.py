@@ -651,8 +651,8 @@ def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
 def test_messages_carry_their_identity(count, padding):
     message, identity, size = randn(count).double(), 2**38 - 1, count + padding
     message[0] = math.nan
-    wire = kernels.triton.seal(message[:, None].expand(-1, 2)[:, 1], size, identity)
-    expected = kernels.composed.seal(message, size, identity)
+    wire = kernels.triton.add_identity(message[:, None].expand(-1, 2)[:, 1], size, identity)
+    expected = kernels.composed.add_identity(message, size, identity)
     torch.testing.assert_close(wire, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -667,7 +667,7 @@ def test_sums_of_other_messages_are_nan(identity, times, more):
         expected[:700] = math.nan
     for own in (kernels.triton, kernels.composed):
         found = wire.clone()
-        own.unseal_(found, 700, identity)
+        own.compare_identity_(found, 700, identity)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -53,9 +53,14 @@ def kernel(monkeypatch) -> Kernel:
 
 
 def _start(
-    kernel: Kernel, x: Tensor | None, number: int = 1, of: torch.device = DEVICE, warps: int = 4
+    kernel: Kernel,
+    x: Tensor | None,
+    number: int = 1,
+    of: torch.device = DEVICE,
+    warps: int = 4,
+    programs: int = 3,
 ) -> None:
-    launch._start(kernel, 3, of, (x, None), (number, 2), warps)
+    launch._start(kernel, programs, of, (x, None), (number, 2), warps)
 
 
 def test_what_was_compiled_is_started_by_the_next_tensors(kernel):
@@ -77,8 +82,9 @@ def test_what_was_compiled_is_started_by_the_next_tensors(kernel):
         {"number": 16},
         {"of": torch.device("cuda", 1)},
         {"warps": 2},
+        {"programs": 4},
     ],
-    ids=["alignment", "type", "none", "number", "device", "warps"],
+    ids=["alignment", "type", "none", "number", "device", "warps", "programs"],
 )
 def test_what_would_be_compiled_anew_is_searched_anew(kernel, other):
     first: dict[str, Any] = {"x": torch.ones(4)}
@@ -86,6 +92,15 @@ def test_what_would_be_compiled_anew_is_searched_anew(kernel, other):
         _start(kernel, **first)
         _start(kernel, **{**first, **other})
     assert len(kernel.searched) == len(kernel.started) == 2
+
+
+def test_another_kernel_is_searched(kernel):
+    other, x = Kernel(), torch.ones(4)
+    for _ in range(2):
+        _start(kernel, x)
+        _start(other, x)
+    for each in (kernel, other):
+        assert (len(each.searched), len(each.started)) == (1, 1)
 
 
 def test_ever_new_sizes_take_no_more_and_more_memory(kernel, monkeypatch):

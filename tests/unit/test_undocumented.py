@@ -127,9 +127,9 @@ def test_a_call_after_the_backward_pass():
     assert events == ["first gradient", "last gradient", "end"]
 
 
-OBSERVERS = {
+TRACERS = {
     "has_transform": undocumented.has_transform,
-    "is_tracing": undocumented.is_tracing,
+    "is_jit_tracing": undocumented.is_jit_tracing,
     "has_proxy_mode": undocumented.has_proxy_mode,
     "has_fake_mode": undocumented.has_fake_mode,
 }
@@ -159,13 +159,13 @@ def _in_fake_mode(probe: Probe) -> None:
     [
         (lambda probe: probe(torch.ones(3)), set()),
         (_in_transform, {"has_transform"}),
-        (_in_trace, {"is_tracing"}),
+        (_in_trace, {"is_jit_tracing"}),
         (_in_make_fx, {"has_proxy_mode"}),
         (_in_fake_mode, {"has_fake_mode"}),
     ],
 )
-def test_observers(call, expected):
-    probe = Probe(lambda: {name for name, is_active in OBSERVERS.items() if is_active()})
+def test_tracers(call, expected):
+    probe = Probe(lambda: {name for name, is_active in TRACERS.items() if is_active()})
     call(probe)
     assert probe.seen == [expected]
 

@@ -20,6 +20,7 @@ same name also does what is per channel, from the pooled sums on. Who computes a
     without Triton, and other devices          composed, whose passes over x are portable's
     compiled code, fake tensors                the primitives here, by traced: plain operators
     an empty tensor                            composed where kernels are fused, else zeros
+    CUDA: one kept negated, or a wrapper       composed
 
 Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n
 and b = sum g (x - mean) / (n std^2), the sums being those of all workers.
@@ -46,10 +47,10 @@ __all__ = [
     "backward_sums",
     "fused_for",
     "fused_for_lagged",
-    "fused_for_message",
     "fused_for_running",
     "is_weight",
     "local_moments",
+    "message_kernels",
     "native",
     "normalize",
 ]
@@ -85,7 +86,7 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     return _preferred(x.device)
 
 
-def fused_for_message(message: Tensor) -> ModuleType:
+def message_kernels(message: Tensor) -> ModuleType:
     """The module that adds the identity of a message, and compares that of a sum, unread."""
     return _preferred(message.device)
 

@@ -241,12 +241,12 @@ def backward_input(
     return portable.combine(g, x, mean, scale, shift, slope, mask)
 
 
-def seal(message: Tensor, size: int, identity: int) -> Tensor:
+def add_identity(message: Tensor, size: int, identity: int) -> Tensor:
     """[message, identity, identity, ...], shape (size,), float64."""
     tail = message.new_full((size - message.numel(),), identity)
     return torch.cat([message.reshape(-1), tail])
 
 
-def unseal_(wire: Tensor, count: int, identity: int) -> None:
+def compare_identity_(wire: Tensor, count: int, identity: int) -> None:
     """Write NaN over the first `count` numbers of a sum if the last is no multiple of `identity`."""
     wire[:count].masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan)

@@ -184,11 +184,11 @@ def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: 
     mark_written(gradient, updates)
 
 
-def seal(message: Tensor, size: int, identity: int) -> Tensor:
+def add_identity(message: Tensor, size: int, identity: int) -> Tensor:
     """[message, identity, identity, ...], shape (size,), float64."""
-    return _launch().seal(message, size, identity)
+    return _launch().add_identity(message, size, identity)
 
 
-def unseal_(wire: Tensor, count: int, identity: int) -> None:
+def compare_identity_(wire: Tensor, count: int, identity: int) -> None:
     """Write NaN over the first `count` numbers of a sum if the last is no multiple of `identity`."""
-    _launch().unseal_(wire, count, identity)
+    _launch().compare_identity_(wire, count, identity)

@@ -247,7 +247,7 @@ def follow_moments(
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def seal(message, wire, identity, count, size, B: tl.constexpr):
+def add_identity(message, wire, identity, count, size, B: tl.constexpr):
     """Copy `count` numbers of a message; behind them comes the identity, up to `size`."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     sent = tl.load(message + i, i < count, other=0.0)
@@ -255,7 +255,7 @@ def seal(message, wire, identity, count, size, B: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def unseal(wire, identity, count, size, B: tl.constexpr):
+def compare_identity(wire, identity, count, size, B: tl.constexpr):
     """Write NaN over a sum whose last number is no multiple of the identity."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     last, one = tl.load(wire + size - 1), identity.to(tl.float64)

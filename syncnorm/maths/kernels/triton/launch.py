@@ -106,7 +106,7 @@ def _start(
     compiled = kernel[(programs,)](*tensors, *numbers, num_warps=warps, enable_fp_fusion=True)
     # The interpreter has nothing to give.
     if compiled is not None and _IS_KEPT:
-        if len(_kept) == _MOST_KEPT:
+        if len(_kept) >= _MOST_KEPT:
             _kept.clear()
         _kept[key] = compiled[(programs, 1, 1)]
 
@@ -306,18 +306,18 @@ def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, rate: flo
     )  # fmt: skip
 
 
-def seal(message: Tensor, size: int, identity: int) -> Tensor:
+def add_identity(message: Tensor, size: int, identity: int) -> Tensor:
     wire = torch.empty(size, dtype=torch.float64, device=message.device)
     _launch(
-        channels.seal, -(-size // _NUMBERS), message.device, (message.contiguous(), wire),
+        channels.add_identity, -(-size // _NUMBERS), message.device, (message.contiguous(), wire),
         (identity, message.numel(), size, _NUMBERS),
     )  # fmt: skip
     return wire
 
 
-def unseal_(wire: Tensor, count: int, identity: int) -> None:
+def compare_identity_(wire: Tensor, count: int, identity: int) -> None:
     size = wire.numel()
     _launch(
-        channels.unseal, -(-count // _NUMBERS), wire.device, (wire,),
+        channels.compare_identity, -(-count // _NUMBERS), wire.device, (wire,),
         (identity, count, size, _NUMBERS),
     )  # fmt: skip
