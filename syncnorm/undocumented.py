@@ -153,11 +153,14 @@ has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batch
 
 
 def is_wrapper(t: Tensor) -> bool:
-    """True for a tensor that keeps its numbers in others, which torch can take apart.
+    """True for a tensor that keeps its numbers in others, and has no memory: its address is 0.
 
-    Such as what a functional collective gives: its address is 0, and operators wait for its numbers.
+    Such as what a functional collective gives. Operators know where the numbers are.
     """
-    return is_traceable_wrapper_subclass(t)
+    if is_traceable_wrapper_subclass(t):
+        return True
+    has_numbers = not (t.is_meta or isinstance(t, FakeTensor) or t.numel() == 0)
+    return type(t) not in (Tensor, nn.Parameter) and has_numbers and t.data_ptr() == 0
 
 
 count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack

@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from syncnorm import undocumented
+from syncnorm import SyncBatchNorm, undocumented
 from syncnorm.testing import RankPool
 
 
@@ -183,13 +185,43 @@ def test_a_wrapper_has_no_memory():
     wrapper = AsyncCollectiveTensor(torch.ones(3))
     assert undocumented.is_wrapper(wrapper)
     assert wrapper.data_ptr() == 0
+    assert undocumented.is_wrapper(Bare.around(torch.ones(3)))
     for t in (torch.ones(3), nn.Parameter(torch.ones(3)), torch.ones(3).as_subclass(_Subclass)):
         assert not undocumented.is_wrapper(t)
         assert t.data_ptr()
+    with torch.device("meta"):
+        assert not undocumented.is_wrapper(torch.ones(3).as_subclass(_Subclass))
+    with FakeTensorMode():
+        assert not undocumented.is_wrapper(torch.ones(3))
 
 
 class _Subclass(Tensor):
     pass
+
+
+class Bare(Tensor):
+    """A wrapper that torch cannot take apart."""
+
+    held: Tensor
+
+    @classmethod
+    def around(cls, t: Tensor) -> Tensor:
+        made = Tensor._make_wrapper_subclass(cls, t.shape, t.stride(), dtype=t.dtype)
+        made.held = t
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda t: t.held, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls.around, func(*args, **kwargs))
+
+
+def test_a_gradient_in_a_wrapper_is_read_by_operators():
+    x, g = torch.randn(2, 4, 3, 5)
+    expected = torch.nn.BatchNorm1d(3)(x.requires_grad_())
+    (dx,) = torch.autograd.grad(expected, x, g)
+    (found,) = torch.autograd.grad(SyncBatchNorm(3, sync="none")(x), x, Bare.around(g))
+    torch.testing.assert_close(getattr(found, "held", found), dx)
 
 
 def test_selective_checkpointing_alone_sees_nothing_of_a_function():
