@@ -19,7 +19,7 @@ from syncnorm import tracing
 from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
-from syncnorm.undocumented import is_wrapper, leave_uncompiled, plain_apply
+from syncnorm.undocumented import in_memory, is_wrapper, leave_uncompiled, plain_apply
 
 # Of what follows x, weight and bias among the arguments below.
 _NO_GRADIENTS = (None,) * 7
@@ -55,11 +55,11 @@ class FusedNormalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, rows, mask = ctx.saved_tensors
         g = g.resolve_neg()
-        if type(g) is not Tensor and is_wrapper(g):
-            g = g.clone()  # a functional collective's: waits for it
+        if type(g) is not Tensor:
+            g = in_memory(g)
         tracer = tracing.tracer_of(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        # Kernels would read at its address, which is none.
+        # Of one that is a wrapper still, kernels would read at its address, which is none.
         is_seen = is_seen or (type(g) is not Tensor and is_wrapper(g))
         if is_seen or (tracer is not None and tracer != tracing.FAKE):
             grads = _differentiable(ctx, g, x, weight, rows, mask, tracer)
@@ -87,10 +87,7 @@ def _differentiable(
     mask: Tensor | None,
     tracer: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient in operators that torch knows: batched, differentiated again or compiled.
-
-    So is one of a wrapper, such as a functional collective's that nobody has waited for yet.
-    """
+    """The gradient in operators that torch knows: batched, differentiated again, compiled or wrapped."""
     mean, _, invstd, *correction = rows.unbind()
     folded = weight
     if correction:

@@ -163,6 +163,11 @@ def is_wrapper(t: Tensor) -> bool:
     return type(t) not in (Tensor, nn.Parameter) and has_numbers and t.data_ptr() == 0
 
 
+def in_memory(t: Tensor) -> Tensor:
+    """The tensor itself; of a wrapper a copy, by which a functional collective is waited for."""
+    return t.clone() if is_wrapper(t) else t
+
+
 count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """The number of dispatch modes that are active."""
 

@@ -32,7 +32,7 @@ from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError, InputError
 from syncnorm.maths import kernels
-from syncnorm.undocumented import is_wrapper
+from syncnorm.undocumented import in_memory
 
 __all__ = [
     "NO_DATA",
@@ -108,7 +108,7 @@ def sum_(
         return torch.ops.syncnorm.sum(message, group.name, kind, name)  # of comm.compiled
     start = time.perf_counter()
     if type(message) is not Tensor:
-        message = _in_memory(message)
+        message = in_memory(message)
     segment = shared.segment_of(group) if message.is_cpu else None
     if segment is None:
         flight, total, is_same = _sum_by_torch(message, group, kind, name)
@@ -154,11 +154,6 @@ def _envelope(way: str, kind: str, name: str, count: int, room: int) -> tuple[in
         return count, 0
     digest = hashlib.blake2b(f"{count} {kind} of {name}".encode(), digest_size=8).digest()
     return size_of(count, room), int.from_bytes(digest, "big") >> 27 | 1 << 37
-
-
-def _in_memory(message: Tensor) -> Tensor:
-    """The message itself; a copy of what a functional collective gives, once it is there."""
-    return message.clone() if is_wrapper(message) else message
 
 
 def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
@@ -283,7 +278,7 @@ def start_sum(
         return Pending(message)
     start = time.perf_counter()
     if type(message) is not Tensor:
-        message = _in_memory(message)
+        message = in_memory(message)
     segment = shared.segment_of(group) if message.is_cpu else None
     flight = _begin("native sum" if segment else "sum", message, group, kind, name)
     wire, sent = None, None

@@ -159,11 +159,12 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         if said is not None and any(m in _without_theirs and replaced(m) for m in model.modules()):
             # Called from torch's registration of the module, in DDP's constructor.
             warnings.warn(said, stacklevel=4)
+        # There may be other workers than those of `prepare_ddp`, in a torch.distributed that was
+        # begun anew.
+        workers = len(groups.ranks(ddp.process_group))
         for layer in model.modules():
-            # There may be other workers than those of `prepare_ddp`, in a torch.distributed that
-            # was begun anew.
             if isinstance(layer, Pooling):
-                layer.gradient_scale = len(groups.ranks(ddp.process_group))
+                layer.gradient_scale = workers
         undocumented.let_ddp_ignore(ddp, _give_state_of_rank_zero(model, ddp.process_group))
 
 
