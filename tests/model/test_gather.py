@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import gather
+from syncnorm import convert, gather, prepare_ddp, scale_loss
 from syncnorm.errors import FaultError
 from syncnorm.testing import assert_close
 
@@ -38,6 +39,37 @@ def test_the_gradient_is_that_of_the_loss_over_the_whole_batch(pool):
     ):
         assert torch.equal(rows, _batch())
         assert_close(gradient, expected, torch.float64, "gradient")
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
+
+
+def _contrast(rows: Tensor, y: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
+    likeness = (rows @ keys.T).log_softmax(1)
+    return -(likeness * (y[:, None] == labels)).sum(1).mean()
+
+
+def _trained() -> list[Tensor | None]:
+    """The gradients of a contrastive loss under DDP, as docs/ddp.md takes them."""
+    model = prepare_ddp(convert(_network()))
+    ddp_model = DistributedDataParallel(model)
+    rank = dist.get_rank()
+    x, y = _batch().split(SIZES)[rank], (torch.arange(7) % 3).split(SIZES)[rank]
+    features = ddp_model(x)
+    keys, labels = gather(features), gather(y.to(features)).long()
+    scale_loss(_contrast(features, y, keys, labels), len(x)).backward()
+    return [each.grad for each in model.parameters()]
+
+
+def test_a_contrastive_loss_under_ddp_has_the_gradients_of_the_whole_batch(pool):
+    whole, y = _network(), torch.arange(7) % 3
+    features = whole(_batch())
+    _contrast(features, y, features, y).backward()
+    for gradients in pool(3).run(_trained):
+        for got, parameter in zip(gradients, whole.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
 def _penalty(order: int) -> Tensor:
