@@ -1,4 +1,7 @@
-"""syncnorm trains a sharded batch as if it were one batch."""
+"""syncnorm trains a sharded batch as if it were one batch.
+
+To read the code, begin with `layers.py`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

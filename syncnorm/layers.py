@@ -10,7 +10,8 @@ Where to look on:
 
     module.py      the base class: arguments, state dicts, `train_forward`, which calls the three
     statistics/    the middle step: one file for each `sync`, and forwards that are repeated
-    ops.py         the three operations, for layers and functions
+    ops.py         the three operations, for layers and functions; the two all-reduces are in
+                   `pooled_statistic` (forward) and `PooledMeans.totals` (backward)
     fused.py       the gradient where kernels go through all of a call: native C, Triton
     autograd.py    the same in a few operators, to read first (SYNCNORM_NATIVE=0 takes this way on
                    a CPU), and the gradient's gradient
