@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -527,6 +528,17 @@ def _branches(sizes: list[int], folder: str) -> list[dict[str, Tensor]]:
     return found
 
 
+def test_inductor_is_told_of_the_order_of_exchanges():
+    """How it then keeps it: `test_compiled_code_keeps_the_order_of_calls`."""
+    from torch._inductor import lowering
+
+    operator = torch.ops.syncnorm.sum.default
+    with FakeTensorMode():
+        operator(torch.zeros(2), "", "", "")
+    assert operator in lowering.lowerings
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
 def test_inductor_exchanges_in_the_same_order_on_workers_with_other_graphs(pool, tmp_path):
     """A worker without samples would have the statistics of one layer in the place of another's."""
