@@ -37,8 +37,8 @@ def started(
 ) -> Iterator[Any]:
     """Start a command in `folder`; on the way out it and its process group are ended.
 
-    A module of Python's is a fork of a process that has imported torch. With a PYTHONPATH of its
-    own, which is read where Python starts, it is a new Python.
+    A module of Python's is a fork of a process that has imported torch, and so are torchrun's
+    workers. With a PYTHONPATH of its own, which is read where Python starts, it is a new Python.
     """
     own = {**(environment or {})}
     whole = {name: each for name, each in os.environ.items() if name not in _LAUNCHER_VARIABLES}

@@ -18,7 +18,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 
 def serve() -> None:
@@ -29,7 +33,34 @@ def serve() -> None:
     forkserver.ensure_running()
 
 
-class Forked:
+class _Process:
+    """A fork, waited for as a `Popen` is."""
+
+    _process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        """As `Popen` has it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Return `returncode`."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        return self.returncode
+
+
+class Forked(_Process):
     """What `python -m` would run, in a session of its own; it is used as a `Popen` is.
 
     Args:
@@ -54,23 +85,6 @@ class Forked:
             pipe.close()
         birth.poll(None)  # until its end is closed
         self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (out, err))
-        self.pid = self._process.pid or 0
-
-    @property
-    def returncode(self) -> int | None:
-        """As `Popen` has it; None while it runs."""
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        """Return `returncode`."""
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end."""
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
-        return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Read what is written until nobody has its pipes any more, and wait for its end."""
@@ -116,16 +130,57 @@ def _become(
     birth: Connection,
 ) -> None:
     """Make this new process what `python -m` would be."""
-    os.setsid()
     for pipe, number in ((out, 1), (err, 2)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.chdir(folder)
+    _begin(arguments, environment)
+    birth.close()
+    if arguments[0] == "torch.distributed.run":
+        handler: Any = SubprocessHandler
+        handler._popen = lambda *of: _TorchrunWorker(*of)
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def _begin(arguments: list[str], environment: Mapping[str, str]) -> None:
+    os.setsid()
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     random.seed()
-    sys.path.insert(0, os.fspath(folder))
+    sys.path.insert(0, str(Path.cwd()))
     sys.argv = arguments
-    birth.close()
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+class _TorchrunWorker(_Process):
+    """A worker of torchrun as a fork of it, in place of a new Python.
+
+    Args:
+        handler: torchrun's, with the files that the worker writes to, if it has some.
+        words: of its command line.
+        environment: all of it.
+    """
+
+    def __init__(
+        self, handler: SubprocessHandler, words: Sequence[str], environment: Mapping[str, str]
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_work, args=(handler, words, environment))
+        self._process.start()
+
+
+def _work(handler: SubprocessHandler, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Make this fork of torchrun what a new Python with these words would be."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for file, number in ((handler._stdout, 1), (handler._stderr, 2)):
+        if file is not None:
+            os.dup2(file.fileno(), number)
+    _, _unbuffered, *arguments = words
+    is_module = arguments[0] == "-m"
+    _begin(arguments[is_module:], environment)
+    if is_module:
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")

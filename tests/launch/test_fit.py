@@ -19,7 +19,6 @@ from tests.launch.fit_program import CONFIG
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ["-m", "tests.launch.fit_program"]
-PATH = {"PYTHONPATH": str(ROOT)}
 
 
 def run_program(what: str, folder: Path) -> tuple[dict[str, Any], str]:
@@ -131,8 +130,7 @@ def test_workers_that_are_spawned_get_what_is_given(tmp_path, whole):
 
 
 def test_under_torchrun_the_program_is_a_worker(tmp_path, whole):
-    command = [*commands.TORCHRUN, *PROGRAM, "torchrun"]
-    done = commands.run(command, tmp_path, PATH)
+    done = commands.run([*commands.TORCHRUN, *PROGRAM, "torchrun"], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line)["torchrun"] for line in done.stdout.splitlines()]
     assert lines[0] == lines[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,6 @@ from syncnorm.verify.checks import all_checks
 from tests.launch import commands
 from tests.launch.commands import call
 
-# A launched process finds the tests' layers there.
-HERE = {"PYTHONPATH": str(Path(__file__).parents[2])}
 # What torchrun says to the first of two workers; nobody is there.
 LAUNCHED = {
     "RANK": "0",
@@ -122,7 +119,7 @@ def test_under_torchrun_its_workers_are_those_that_verify(tmp_path):
 @pytest.mark.slow
 def test_under_torchrun_a_check_that_hangs_is_the_last(tmp_path):
     command = [*commands.TORCHRUN, "-m", "syncnorm", "verify", "--json", "--deadline", "10"]
-    done = commands.run([*command, "--layer", "tests.verify.mutants:SkipsEmpty"], tmp_path, HERE)
+    done = commands.run([*command, "--layer", "tests.verify.mutants:SkipsEmpty"], tmp_path)
     assert done.returncode == 1
     results = {
         result["check"]: (result["status"], result["reason"])
@@ -137,7 +134,7 @@ def test_under_torchrun_a_check_that_hangs_is_the_last(tmp_path):
 def test_under_torchrun_what_the_other_rank_does_not_answer_is_told(tmp_path):
     command = [*commands.TORCHRUN, "-m", "syncnorm", "verify", "--deadline", "10"]
     done = commands.run(
-        [*command, "--layer", "tests.verify.mutants:SkipsEmptyOnRankZero"], tmp_path, HERE
+        [*command, "--layer", "tests.verify.mutants:SkipsEmptyOnRankZero"], tmp_path
     )
     assert done.returncode == 1
     assert re.search(r"hangs +first-empty .*\n +-> no answer from rank 1 within 10 s", done.stdout)
