@@ -297,7 +297,7 @@ def test_a_worker_that_ends_with_status_0_has_failed(tmp_path, ending, reason):
     assert (end.status, end.reason, end.exit_code) == ("failed", reason, 1)
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"], ["doctor"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"]])
 def test_output_that_has_no_room_is_one_line(tmp_path, arguments):
     command = f"{shlex.join([*commands.SYNCNORM, *arguments])} > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
@@ -315,7 +315,16 @@ def test_a_run_that_is_done_leaves_its_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "reader", ["| true", "2>&1 | head -n 1", "2>&1 | head -n 4", "> /dev/full", "> /dev/full 2>&1"]
+    "reader",
+    [
+        "| true",
+        "2>&1 | head -n 4",
+        "> /dev/full 2>&1",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("2>&1 | head -n 1", "> /dev/full")
+        ),
+    ],
 )
 def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, reader):
     """Its result is in its folder."""
