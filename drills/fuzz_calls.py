@@ -1,7 +1,8 @@
-"""Fuzzed sequences of calls: values that can be printed, drawn from any source, and shrunk."""
+"""Fuzzed sequences of calls: values that can be printed, drawn by a seed, and shrunk."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -12,8 +13,7 @@ _ANY = ("float32", "float64", "bfloat16")
 _WIDE, _NARROW = ("float64",), ("float32", "bfloat16")
 
 Choose = Callable[[Sequence[Any]], Any]
-"""One of the options, the simplest of which comes first: `random.choice`, or a draw of hypothesis.
-"""
+"""One of the options: `random.choice`."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ class Calls:
         return "\n".join([f"Calls({head}, calls=(", *(f"    {call}," for call in self.calls), "))"])
 
 
-def draw_calls(choose: Choose, seed: int, count: int = CALLS) -> Calls:
-    """A layer and `count` calls of it."""
+def draw_calls(seed: int) -> Calls:
+    """A layer and calls of it, the same for the same seed."""
+    choose = random.Random(seed).choice
     dtypes = choose((_NARROW, _WIDE, _ANY))
     dtype = "float64" if dtypes == _WIDE else choose(("float32", "float64"))
     calls: list[Call] = []
-    for _ in range(count):
+    for _ in range(CALLS):
         calls.append(draw_call(choose, dtypes, dtype, calls[-1] if calls else None))
     return Calls(
         seed=seed,
@@ -88,9 +89,7 @@ def draw_calls(choose: Choose, seed: int, count: int = CALLS) -> Calls:
     )
 
 
-def draw_call(
-    choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: Call | None = None
-) -> Call:
+def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: Call | None) -> Call:
     mode = choose(("train", "train", "train", "eval", "frozen"))
     checkpoint = "no" if mode == "eval" else choose(("no", "no", "non-reentrant", "reentrant"))
     # In evaluation the layer takes what `F.batch_norm` takes.

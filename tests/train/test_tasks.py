@@ -37,6 +37,8 @@ FOLDER = {
     "options": {"size": 10, "random_crop": True, "test": 0.2},
     "loader": {"workers": 1},
 }
+# Four steps an epoch, the last of 3 images: each epoch starts the processes that load them.
+MANY_STEPS = {"epochs": 8, "global_batch": 12}
 # 61 samples make three steps an epoch, the last of 13.
 LONG = {"train": {"epochs": 10}}
 KINDS = {
@@ -65,12 +67,12 @@ KINDS = {
     "average": sections("Perceptron", "rows", train={"ema": 0.9, "clip": 1.0}),
     "contrast": sections("Perceptron", "rows", {"name": f"{TASKS}:Contrast"}),
     # Their files are made by the fixture `images`.
-    "image folder": sections("SmallNet", "rows", data=FOLDER, train={"epochs": 15}),
+    "image folder": sections("SmallNet", "rows", data=FOLDER, train=MANY_STEPS),
     "image folder, mixed": sections(
         "SmallNet",
         "rows",
         data={**FOLDER, "augment": {"crop": 1, "flip": True, "mixup": 0.4, "cutmix": 1.0}},
-        train={"epochs": 15, "lr": 0.1},
+        train={**MANY_STEPS, "lr": 0.1},
     ),
     "masks": sections("SmallUNet", "shapes", {"name": "segment"}, **LONG),
     "boxes": sections("TwoHeads", "boxes", {"name": f"{TASKS}:Detect"}, **LONG),
@@ -84,9 +86,10 @@ KINDS = {
 }
 
 
-# The number of workers that each is tried on in a short run of the tests.
+# The number of workers that each is tried on in a short run of the tests; those that are stopped and
+# go on are on all.
 RESUMED = ("image folder", "boxes")
-FAST = {"rows, loader processes": 2, "image folder": 2, "masks": 4, "boxes": 4}
+FAST = {"rows, loader processes": 2, "masks": 4, **dict.fromkeys(RESUMED)}
 
 
 def losses(folder: Path) -> list[float]:
@@ -381,11 +384,11 @@ def _correlation(sizes: list[int]) -> float:
     return result - torch.corrcoef(rows)[0, 1].item()
 
 
-@pytest.mark.parametrize("sizes", [[2, 3, 4], [9, 0, 0], [0, 0, 9]], ids=str)
+@pytest.mark.parametrize("sizes", [[4, 5], [9, 0], [0, 9]], ids=str)
 def test_a_metric_that_merges_means_is_that_of_the_whole_set(pool, sizes):
     """Also where a worker has no samples, whose means are of nothing."""
     pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
-    assert pool(3).run(_correlation, sizes) == pytest.approx([0, 0, 0], abs=1e-12)
+    assert pool(2).run(_correlation, sizes) == pytest.approx([0, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize(
