@@ -11,6 +11,8 @@ SingleValueWarning (UserWarning)   a statistic was taken over a single value
 UnevenShardsWarning (UserWarning)  workers held unequal shards, and the loss was not scaled
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -61,6 +63,12 @@ def in_one_line(error: BaseException) -> str:
     except Exception:  # a class of the user's may do anything
         message = "without a message that can be read"
     return ": ".join(filter(None, (type(error).__name__, message)))
+
+
+def join_first(words: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join as many words as a sentence has room for, and say how many more there are."""
+    more = len(words) - most
+    return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class SingleValueWarning(UserWarning):

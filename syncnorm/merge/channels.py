@@ -34,7 +34,7 @@ class Channels:
     size: int
     is_fixed: bool
 
-    def __init__(self, size: int = 0, is_fixed: bool = False) -> None:
+    def __init__(self, size: int, is_fixed: bool) -> None:
         self.size, self.is_fixed = size, is_fixed
         self.places: list[Place] = []
 

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from syncnorm import checks, undocumented
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, join_first
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.module import MODE_BUFFERS
 
@@ -418,9 +418,8 @@ def _check(entries: Entries, target: Mapping[str, Any]) -> None:
         for name in reshaped
     ]
     if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise InputError(
-            f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or "
+            f"`state` must have the model's entries, got {join_first(faults, 8, '; ')}. Rename or "
             "leave out what does not fit, or fill a part of the model. Nothing was changed."
         )
 

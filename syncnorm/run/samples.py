@@ -60,7 +60,9 @@ def read_samples(files: Iterable[Path], inputs: Inputs) -> Iterator[Sample | Unr
                 )
                 continue
             if not found:
-                yield Unread(f"{path}: must hold images, got none. They end in {_list(SUFFIXES)}.")
+                yield Unread(
+                    f"{path}: must hold images, got none. They end in {', '.join(SUFFIXES)}."
+                )
             for each in found:
                 yield from _read(each, inputs)
         else:
@@ -133,7 +135,9 @@ def _load(path: Path) -> Any:
                     raise ValueError("an archive of none")
                 name = "x" if "x" in archive.files else archive.files[0]
                 if name != "x" and len(archive.files) > 1:
-                    raise ValueError(f"several arrays, {_list(archive.files)}, and none named x")
+                    raise ValueError(
+                        f"several arrays, {', '.join(archive.files)}, and none named x"
+                    )
                 array = archive[name]
         if array.dtype.kind not in "biuf":
             raise ValueError(f"an array of {array.dtype}")
@@ -142,7 +146,3 @@ def _load(path: Path) -> Any:
     except Exception as error:
         cause = " ".join(str(error).split())
         raise ConfigError(f"{path}: must be an array of numbers, got {cause}") from None
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

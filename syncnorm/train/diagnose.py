@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import rng
-from syncnorm.errors import SyncnormError
+from syncnorm.errors import SyncnormError, join_first
 from syncnorm.model.lints import Call, decay_lints, model_lints, recorded_calls
 from syncnorm.model.sample import uncompiled
 from syncnorm.train import buffers
@@ -61,7 +61,7 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
             "parameters without a part in the loss of step %d, which are left as they are in such "
             "steps: %s",
             batch.step,
-            _join(unused),
+            join_first(unused, _MOST_NAMES),
         )
     changed = [
         name
@@ -72,7 +72,7 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
         _log.warning(
             "buffers of the model's own that training changes: %s. All workers go on with worker "
             "0's: where they come from samples, the run depends on the number of workers",
-            _join(changed),
+            join_first(changed, _MOST_NAMES),
         )
     return result
 
@@ -80,11 +80,6 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
 def _recorded(setup: Setup) -> AbstractContextManager[list[Call]]:
     # Hooks that come and go would have a compiled model compiled anew.
     return nullcontext([]) if setup.config.train.compile else recorded_calls(setup.model)
-
-
-def _join(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def describe_not_finite(setup: Setup, feed: Feed, batch: StepBatch, result: StepResult) -> str:

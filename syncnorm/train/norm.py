@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, rng
-from syncnorm.errors import ConfigError, InputError
+from syncnorm.errors import ConfigError, InputError, join_first
 from syncnorm.family import METHODS, CentredWeight, standardize_weights
 from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.family.plain import BASELINES, ChannelRMSNorm, Derf, DynamicTanh, NoNorm
@@ -125,7 +125,8 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
         local = [name for name, m in theirs.items() if m.training]
         if is_ours and norm.mode.is_pooled and local:
             _log.warning(
-                "batch norms that are not made with norm_layer are not pooled: %s", _join(local)
+                "batch norms that are not made with norm_layer are not pooled: %s",
+                join_first(local, 3),
             )
         return
     if not theirs:
@@ -182,10 +183,6 @@ def _convert(
         raise ConfigError(
             f"`model.name` must give a model that norm.name {name or norm.name} fits: {error}"
         ) from None
-
-
-def _join(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:

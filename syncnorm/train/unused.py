@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
 from syncnorm.comm import exchange, groups
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, join_first
 
 
 class Gradients:
@@ -47,10 +47,9 @@ class Gradients:
             ConfigError: a parameter that was frozen when the run began is not any more.
         """
         if thawed := [name for name, p in self._frozen.items() if p.requires_grad]:
-            more = f" and {len(thawed) - 3} more" if len(thawed) > 3 else ""
             raise ConfigError(
                 "`model` must have all parameters that are ever trained as ones that require a "
-                f"gradient when it is made, got some that do so later: {', '.join(thawed[:3])}{more}. "
+                f"gradient when it is made, got some that do so later: {join_first(thawed, 3)}. "
                 "To train them later, freeze them in a callback's `on_start`."
             )
         self._before = [(p.grad, _version(p.grad)) for p in self._parameters]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from syncnorm.errors import InputError
+from syncnorm.errors import InputError, join_first
 from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.model.convert.class_swap import LazySyncNorm
 from syncnorm.module import SyncNorm
@@ -153,9 +153,9 @@ def listed(layers: dict[str, nn.Module]) -> str:
     """Names and classes of layers, for a sentence."""
     named = [
         f"{name!r} ({kind_of(m)})" if name else f"a {kind_of(m)} itself"
-        for name, m in [*layers.items()][:6]
+        for name, m in layers.items()
     ]
-    return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
+    return join_first(named, 6)
 
 
 def _updates(layer: nn.Module) -> bool:
