@@ -157,10 +157,12 @@ def is_wrapper(t: Tensor) -> bool:
 
     Such as what a functional collective gives. Operators know where the numbers are.
     """
+    if type(t) in (Tensor, nn.Parameter):
+        return False
     if is_traceable_wrapper_subclass(t):
         return True
     has_numbers = not (t.is_meta or isinstance(t, FakeTensor) or t.numel() == 0)
-    return type(t) not in (Tensor, nn.Parameter) and has_numbers and t.data_ptr() == 0
+    return has_numbers and t.data_ptr() == 0
 
 
 def in_memory(t: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ class InFlight:
             # The event of a captured graph tells nothing: each replay sends anew.
             _watchdog.is_capturing = torch.cuda.is_current_stream_capturing()
             if not _watchdog.is_capturing:
-                self._done = torch.cuda.current_stream(message.device).record_event()
+                self._done = torch.Event(message.device)
+                self._done.record()
         self.is_finished, self.work, self.diagnose = True, None, None
 
     @property

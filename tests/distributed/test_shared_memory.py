@@ -46,6 +46,9 @@ def _sums() -> tuple[bool, list[torch.Tensor]]:
             sums.append(exchange.sum_(message, group, "moments", "a"))
         else:
             pending.append(exchange.start_sum(message, group, "moments", "b"))
+    rows = _message(0, 12).view(3, 4)
+    sums += [exchange.sum_(each, group, "gradients", "a") for each in (rows, rows.T)]
+    torch.testing.assert_close(sums[-2], sums[-1].T, rtol=1e-12, atol=1e-12)
     return _is_used(), sums + [each.wait() for each in pending]
 
 

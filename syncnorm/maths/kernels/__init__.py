@@ -80,10 +80,11 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     if is_host(x) or isinstance(x, FakeTensor):
         return None
     # An empty tensor has no launch that fits it, and one kept with the other sign, or in another
-    # tensor, is misread.
-    if x.numel() == 0 or any(t is not None and (t.is_neg() or is_wrapper(t)) for t in (x, *others)):
-        return composed
-    return _preferred(x.device)
+    # tensor, is misread. A loop, as in `native.is_usable`.
+    for t in (x, *others):
+        if t is not None and (t.is_neg() or is_wrapper(t)):
+            return composed
+    return _preferred(x.device) if x.numel() else composed
 
 
 def message_kernels(message: Tensor) -> ModuleType:
