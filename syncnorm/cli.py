@@ -169,9 +169,9 @@ def doctor(run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] =
 
     Exit status 1 if a run would fail.
     """
-    from syncnorm.run.doctor import diagnose, exit_status, render
+    from syncnorm.run.doctor import check_machine, exit_status, render
 
-    checks = diagnose(run_dir)
+    checks = check_machine(run_dir)
     print(render(checks))
     raise typer.Exit(exit_status(checks))
 

@@ -32,10 +32,15 @@ from syncnorm.train.memory import GIB
 # The package whose version stands for each extra.
 _EXTRAS = {
     "train": "safetensors",
+    "data": "pillow",
+    "metrics": "torchmetrics",
     "report": "matplotlib",
+    "export": "onnxscript",
+    "merge": "scipy",
     "tensorboard": "tensorboard",
     "storage": "fsspec",
     "ray": "ray",
+    "cuda": "triton",
 }
 
 
@@ -57,7 +62,7 @@ class Check:
     remedy: str = ""
 
 
-def diagnose(run_dir: Path) -> list[Check]:
+def check_machine(run_dir: Path) -> list[Check]:
     """Check this machine; takes some seconds, and leaves nothing behind.
 
     Args:
@@ -84,7 +89,11 @@ def diagnose(run_dir: Path) -> list[Check]:
         check_native(native.library() is not None, native.load().detail),
         check_messages(shared.refusal()),
         *check_environment(read_tuning(), has_glibc=platform.libc_ver()[0] == "glibc"),
-        *(check_extra(extra, _version(package)) for extra, package in _EXTRAS.items()),
+        *(
+            check_extra(extra, _version(package))
+            for extra, package in _EXTRAS.items()
+            if extra != "cuda" or cuda
+        ),
     ]
 
 

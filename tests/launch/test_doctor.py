@@ -1,9 +1,11 @@
 """`syncnorm doctor`: on this machine, and its checks given values of machines that lack something."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from syncnorm.run.doctor import (
     Check,
@@ -16,6 +18,7 @@ from syncnorm.run.doctor import (
     check_fsync,
     check_gloo_pair,
     check_host_name,
+    check_machine,
     check_memory,
     check_messages,
     check_native,
@@ -23,7 +26,6 @@ from syncnorm.run.doctor import (
     check_run_folder,
     check_shared_memory,
     check_torch,
-    diagnose,
     existing_folder,
     exit_status,
     render,
@@ -31,6 +33,7 @@ from syncnorm.run.doctor import (
 from syncnorm.run.env import Tuning, read_tuning, set_for_nccl
 from syncnorm.run.loopback import try_loopback
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 RUNS, HOME = Path("runs"), Path("/home")
 UNSET = Tuning(missing_malloc={"MALLOC_TOP_PAD_": "7"}, is_under_torchrun=True, shares_store=True)
@@ -38,17 +41,21 @@ BY_HAND = Tuning(missing_malloc=UNSET.missing_malloc, is_under_torchrun=False, s
 
 
 def test_this_machine(tmp_path):
-    checks = {check.name: check for check in diagnose(tmp_path / "runs")}
+    checks = {check.name: check for check in check_machine(tmp_path / "runs")}
     for name in ("python", "torch", "backends", "disk", "run folder", "gloo pair", "extra train"):
         assert checks[name].status != "fail", checks[name]
     assert "gloo" in checks["backends"].detail
     assert checks["gloo pair"].detail == "two processes have pooled a sum"
     assert checks["run folder"].detail == f"{tmp_path / 'runs'}, to be made in {tmp_path}"
     assert checks["cores"].detail.startswith(f"{len(os.sched_getaffinity(0))}, ")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    whole = project["optional-dependencies"]["all"][0].removeprefix("syncnorm[").removesuffix("]")
+    extras = [
+        f"extra {name}" for name in whole.split(",") if name != "cuda" or torch.cuda.is_available()
+    ]
     assert list(checks) == [
         "python", "torch", "backends", "cuda", "cores", "memory", "/dev/shm", "run folder", "disk", "fsync",
-        "host name", "gloo pair", "native library", "shared messages", "extra train",
-        "extra report", "extra tensorboard", "extra storage", "extra ray",
+        "host name", "gloo pair", "native library", "shared messages", *extras,
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
