@@ -99,6 +99,11 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
         stack = stack.f_back
 
 
+def is_reentrant(checkpoint: Any) -> bool:
+    """True for what `checkpoints` finds of the re-entrant kind, whose first forward has no graph."""
+    return isinstance(checkpoint, BackwardCFunction)
+
+
 _CHECKPOINT_FILE = inspect.unwrap(checkpoint).__code__.co_filename
 
 

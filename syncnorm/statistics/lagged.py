@@ -7,8 +7,8 @@ messages a step keep these up to date for all layers. A layer that drifts (see
 
 As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of
 the backward pass leaves when each call of the step has been through it; where that cannot be
-counted (forwards without gradients, re-entrant checkpointing), when the next training forward
-begins. Both are points of the program, the same on all workers.
+counted (forwards without gradients), when the next training forward begins. Both are points of the
+program, the same on all workers, which may differ in what they checkpoint.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
 from syncnorm.statistics.pool import MomentsPool, PooledSource
@@ -200,7 +201,12 @@ class LaggedMeans(FixedMeans):
 
     def for_repetition(self) -> LaggedMeans:
         pooled = None if self.pooled is None else self.pooled.for_repetition()
-        return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
+        again = LaggedMeans(
+            self.source, self.layer, self.estimate, pooled, self.count, self.backward
+        )
+        # Of a re-entrant checkpoint the repetition is what goes through the backward pass.
+        again.number = self.number
+        return again
 
 
 class LaggedSource(PooledSource):
@@ -337,7 +343,7 @@ class LaggedSource(PooledSource):
 
     def _expect(self) -> Backward | None:
         """The backward pass that the present call belongs to; None if it has no gradient."""
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or repeated.has_gradient_later()):
             self._backward.is_countable = False
             return None
         self._backward.expected += 1

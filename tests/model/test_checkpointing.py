@@ -25,6 +25,7 @@ from syncnorm import (
     prepare_ddp,
     recalibrate,
     revert,
+    scale_loss,
 )
 from syncnorm.comm import exchange
 from tests.model.parts import uneven_batch
@@ -338,6 +339,31 @@ def _only_on(ranks: list[int], reentrant: bool) -> list[Tensor]:
 def test_workers_may_differ_in_what_they_checkpoint(pool, reentrant):
     plain = pool(2).run(_only_on, [], reentrant)
     for got, expected in zip(pool(2).run(_only_on, [1], reentrant), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _lagged_on(ranks: list[int], reentrant: bool) -> list[Tensor]:
+    """State and gradients of lagged steps where some workers checkpoint, and exchange besides."""
+    torch.manual_seed(0)
+    layers = [SyncBatchNorm(4, sync="lagged", dtype=torch.float64) for _ in range(2)]
+    model = prepare_ddp(nn.Sequential(*layers))
+    if dist.get_rank() in ranks:
+        for layer in layers:
+            forward = layer.forward
+            layer.forward = functools.partial(checkpoint, forward, use_reentrant=reentrant)
+    for step in range(4):
+        x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
+        model(x).sin().sum().backward()
+        scale_loss(torch.ones(()), 1)
+    assert x.grad is not None
+    return [x.grad, layers[0].weight.grad, *model.state_dict().values()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("ranks", [[0, 1], [1]], ids=str)
+def test_lagged_gradients_leave_in_the_step_whoever_checkpoints(pool, reentrant, ranks):
+    plain = pool(2).run(_lagged_on, [], reentrant)
+    for got, expected in zip(pool(2).run(_lagged_on, ranks, reentrant), plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -105,6 +105,7 @@ def test_checkpoints_are_known_in_their_first_forward_and_in_repetitions(depths)
     function(torch.randn(3).requires_grad_()).sum().backward()
     first, *repetitions = seen
     assert [is_repetition for _, is_repetition in first] == [False] * len(depths)
+    assert sorted(undocumented.is_reentrant(each) for each, _ in first) == sorted(depths)
     outermost = [scopes for scopes in repetitions if any(s is first[-1][0] for s, _ in scopes)]
     assert outermost
     assert all((first[-1][0], True) in scopes for scopes in outermost)
