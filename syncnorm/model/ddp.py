@@ -192,7 +192,11 @@ def replaced(model: nn.Module) -> str | None:
     None if there are none. torch's converter also matches our layers, and several frameworks'
     switches call it.
     """
-    theirs = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    theirs = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.SyncBatchNorm) and not isinstance(m, SyncNorm)
+    ]
     if not theirs:
         return None
     return (

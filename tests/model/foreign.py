@@ -122,6 +122,18 @@ NormAct.__module__, NormAct.__qualname__, NormAct.__name__ = (
 )  # fmt: skip
 
 
+class SyncNormAct(nn.SyncBatchNorm):
+    """What timm's own switch makes of that layer: torch's SyncBatchNorm with the two submodules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+SyncNormAct.__module__, SyncNormAct.__qualname__, SyncNormAct.__name__ = (
+    "timm.layers.norm_act", "SyncBatchNormAct", "SyncBatchNormAct",
+)  # fmt: skip
+
+
 class Unknown(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1.0

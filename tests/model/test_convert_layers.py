@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import warnings
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from syncnorm import (
 )
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
-from tests.model.foreign import Kept, NormAct, Softplus, Unknown, scale
+from tests.model.foreign import Kept, NormAct, Softplus, SyncNormAct, Unknown, scale
 
 
 def _trained(layer: nn.Module, batches: int = 3) -> nn.Module:
@@ -336,6 +337,35 @@ def test_timms_layer_keeps_its_activation_and_dropout():
     assert not torch.allclose(layer(x), nn.BatchNorm2d(4)(x))
     theirs.load_state_dict(layer.state_dict())
     assert torch.equal(layer.eval()(x), theirs.eval()(x))
+
+
+class KeptSync(nn.SyncBatchNorm):
+    def spread(self) -> torch.Tensor:
+        return self.running_var.sqrt()
+
+
+def _of_torchs_pooling_layer() -> tuple[torch.Tensor, torch.Tensor]:
+    """A step of timm's layer for many workers under DistributedDataParallel on a CPU, and its oracle."""
+    layer, whole = SyncNormAct(2), nn.BatchNorm2d(2)
+    layer.drop, layer.act = nn.Identity(), nn.SiLU()
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), layer, KeptSync(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_ddp(convert(model))
+    copied = copy.deepcopy(model[1])
+    assert type(copied) is type(layer)
+    assert type(revert(copied)) is SyncNormAct
+    assert isinstance(model[2], KeptSync)
+    x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    rank = dist.get_rank()
+    y = DistributedDataParallel(model[:2])(x[2 * rank :][:2])
+    return y.detach(), nn.SiLU()(whole(model[0](x))).detach()[2 * rank :][:2]
+
+
+def test_a_subclass_of_torchs_pooling_layer_trains_on_cpus(pool):
+    """Under DistributedDataParallel, which refuses torch's own there; and no warning is told."""
+    for y, expected in pool(2).run(_of_torchs_pooling_layer):
+        assert_close(y, expected, torch.float32, "y")
 
 
 def _with_own_forward() -> nn.Module:

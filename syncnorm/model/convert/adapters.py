@@ -8,6 +8,7 @@ normalising.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,6 +25,11 @@ Adapter = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]
 """From the layer, its input and the function that normalises, to the layer's output."""
 
 TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, _BatchNorm)
+# What a subclass may have of its own that a layer of another class does not lose.
+_NOTHING = {
+    *("__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__"),
+    *("__static_attributes__", "__dict__", "__weakref__", "_check_input_dim"),
+}
 
 
 def _drop_and_act(layer: nn.Module, x: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
@@ -50,9 +56,10 @@ def register_adapter(cls: type[_BatchNorm], forward: Adapter) -> None:
 
     with `normalize(x)` = what our layer does to x, in training and in evaluation. Once it is
     converted, the layer still is a `cls`, with its attributes, submodules and other methods; only
-    its forward is this one. `revert` gives it its own back. The adapter holds for subclasses of
-    `cls` that do not override forward again. timm's `BatchNormAct2d` and `SyncBatchNormAct` need
-    none: theirs is built in.
+    its forward is this one. (One of torch's SyncBatchNorm without further methods is no `cls` then:
+    DistributedDataParallel refuses such layers on CPUs.) `revert` gives it its own back. The adapter
+    holds for subclasses of `cls` that do not override forward again. timm's `BatchNormAct2d` and
+    `SyncBatchNormAct` need none: theirs is built in.
 
     *Collectives*: those of `normalize`. `forward` must call it as often on every worker.
 
@@ -90,6 +97,14 @@ def _owner_of_forward(cls: type) -> type:
 def has_torchs_forward(cls: type) -> bool:
     """True if the forward of this class is torch's, which only normalises."""
     return _owner_of_forward(cls) in TORCHS
+
+
+def own_names(cls: type) -> set[str]:
+    """The names that a subclass of torch's batch norms adds to them."""
+    names: set[str] = set()
+    for each in itertools.takewhile(lambda each: each not in TORCHS, cls.__mro__):
+        names |= vars(each).keys() - _NOTHING
+    return names
 
 
 def adapter_of(cls: type) -> Adapter | None:
@@ -139,9 +154,11 @@ def over(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> type[SyncNorm]:
     if theirs in TORCHS:
         return ours
     mixed = Over if has_torchs_forward(theirs) else _Adapted
-    return type(
-        f"{ours.__name__}_{theirs.__name__}", (mixed, ours, theirs), {"made_of": (ours, theirs)}
-    )
+    bases = (mixed, ours, theirs)
+    # Not what DistributedDataParallel would take for torch's layer, and refuse on CPUs.
+    if issubclass(theirs, nn.SyncBatchNorm) and own_names(theirs) <= {"__init__", "forward"}:
+        bases = (mixed, ours)
+    return type(f"{ours.__name__}_{theirs.__name__}", bases, {"made_of": (ours, theirs)})
 
 
 def _new(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> SyncNorm:

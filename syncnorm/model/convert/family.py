@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -17,17 +16,18 @@ from syncnorm.errors import InputError
 from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model.convert.adapters import TORCHS, Over, has_torchs_forward, own_class, their_class
+from syncnorm.model.convert.adapters import (
+    Over,
+    has_torchs_forward,
+    own_class,
+    own_names,
+    their_class,
+)
 from syncnorm.model.convert.class_swap import LazySyncNorm, Original, narrow_statistics, original_of
 from syncnorm.model.convert.refuse import busy
 from syncnorm.module import SyncNorm
 
 _ORIGINAL = "_syncnorm_original"
-# What a subclass may have of its own that a new layer of another class does not lose.
-_NOTHING = {
-    *("__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__"),
-    *("__static_attributes__", "__dict__", "__weakref__", "_check_input_dim"),
-}
 
 
 class Replaced(NamedTuple):
@@ -53,21 +53,13 @@ def own_reason(layer: _BatchNorm) -> str | None:
     is_theirs = issubclass(cls, Over) or not isinstance(layer, SyncNorm)
     if not is_theirs and cls not in (SyncBatchNorm, SyncBatchRenorm):
         return f"is a {cls.__name__}, whose own methods would be lost"
-    if names := _own_names(their_class(layer)):
+    if names := own_names(their_class(layer)):
         return f"is a {cls.__name__}, whose own {', '.join(sorted(names))} would be lost"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
     if isinstance(layer, SyncNorm) and (why := busy(layer)):
         return why
     return _hooked(layer)
-
-
-def _own_names(cls: type) -> set[str]:
-    """The names that a subclass of torch's batch norms adds to them."""
-    names: set[str] = set()
-    for each in itertools.takewhile(lambda each: each not in TORCHS, cls.__mro__):
-        names |= vars(each).keys() - _NOTHING
-    return names
 
 
 def is_another(layer: nn.Module, to: type[nn.Module]) -> bool:
