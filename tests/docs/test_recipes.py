@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from syncnorm import revert
+from syncnorm import convert, revert
+from syncnorm.family import L1BatchNorm
 from syncnorm.module import SyncNorm
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +157,24 @@ def test_two_workers_are_torchs_layers_on_the_joined_batch(pool, library):
     assert min(local.values()) > 1e-3, "the negative control"
 
 
+def test_timms_activations_are_taken_out_of_its_norms():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    take_out_activations = names_of("timm")["take_out_activations"]
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        take_out_activations(model)
+        assert torch.equal(model(x), before)
+        convert(model, L1BatchNorm)
+        assert any(isinstance(m, L1BatchNorm) for m in model.modules())
+        assert not any(isinstance(m, _BatchNorm) for m in model.modules())
+        model(x)
+
+
 def test_ultralytics_finds_the_norms_that_it_looks_for():
     """It looks by isinstance for weight decay and frozen layers, and by attributes to fuse."""
     if importlib.util.find_spec("ultralytics") is None:
@@ -174,4 +194,4 @@ def test_ultralytics_finds_the_norms_that_it_looks_for():
 
 
 def test_every_block_is_found_and_has_a_test():
-    assert BLOCKS.keys() == SHAPES.keys()
+    assert BLOCKS.keys() == SHAPES.keys() | {"timm"}

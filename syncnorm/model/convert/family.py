@@ -47,7 +47,10 @@ def own_reason(layer: _BatchNorm) -> str | None:
         return "is lazy or parametrized"
     cls = own_class(layer)
     if not isinstance(layer, SyncNorm) and not has_torchs_forward(cls):
-        return f"is a {cls.__name__}, whose own forward would be lost"
+        return (
+            f"is a {cls.__name__}, whose own forward would be lost; make it a plain batch norm, with "
+            "a module behind it for what else it does"
+        )
     if "forward" in vars(layer):
         return "has a forward that was set on the instance, which would be lost"
     is_theirs = issubclass(cls, Over) or not isinstance(layer, SyncNorm)
