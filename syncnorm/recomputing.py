@@ -25,3 +25,12 @@ def may_be_repeated() -> bool:
     return undocumented.saved_tensor_hooks() is not None or not (
         torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
     )
+
+
+def has_gradient_later() -> bool:
+    """True in the first forward of a re-entrant checkpoint: its gradient is that of the repetition."""
+    return any(
+        undocumented.is_reentrant(each)
+        for each, is_again in undocumented.checkpoints()
+        if not is_again
+    )

@@ -27,7 +27,7 @@ from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
-from syncnorm.statistics import repeated
+from syncnorm.recomputing import has_gradient_later
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
 from syncnorm.statistics.pool import MomentsPool, PooledSource
@@ -343,7 +343,7 @@ class LaggedSource(PooledSource):
 
     def _expect(self) -> Backward | None:
         """The backward pass that the present call belongs to; None if it has no gradient."""
-        if not (torch.is_grad_enabled() or repeated.has_gradient_later()):
+        if not (torch.is_grad_enabled() or has_gradient_later()):
             self._backward.is_countable = False
             return None
         self._backward.expected += 1

@@ -85,15 +85,6 @@ def same(layer: nn.Module, first: Callable[[], T]) -> T:
     return kept.value
 
 
-def has_gradient_later() -> bool:
-    """True in the first forward of a re-entrant checkpoint: its gradient is that of the repetition."""
-    return any(
-        undocumented.is_reentrant(each)
-        for each, is_again in undocumented.checkpoints()
-        if not is_again
-    )
-
-
 def keep(layer: nn.Module, statistic: Repeatable) -> None:
     """Keep the statistic of a first forward in all checkpoints that it runs in."""
     _add(layer, statistic, [each for each, is_again in undocumented.checkpoints() if not is_again])
