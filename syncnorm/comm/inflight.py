@@ -134,7 +134,9 @@ class InFlight:
             _watchdog.is_capturing = torch.cuda.is_current_stream_capturing()
             if not _watchdog.is_capturing:
                 self._done = torch.Event(message.device)
-                self._done.record()
+                # By itself it is recorded on the current device, which may be another one.
+                is_here = torch.cuda.current_device() == message.get_device()
+                self._done.record(None if is_here else torch.cuda.current_stream(message.device))
         self.is_finished, self.work, self.diagnose = True, None, None
 
     @property

@@ -176,21 +176,28 @@ def test_events_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
 
     With a stand-in for a message of CUDA's.
     """
-    looks = []
+    looks, streams = [], []
 
     class Event:
+        def __init__(self, device: str) -> None:
+            assert device == "cuda:1"
+
+        def record(self, stream: str | None) -> None:
+            streams.append(stream)
+
         def query(self) -> bool:
             looks.append(self)
             return False
 
     monkeypatch.setattr(inflight, "_watchdog", inflight.Watchdog())
-    stream = SimpleNamespace(record_event=Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
     flights = [inflight.InFlight.__new__(inflight.InFlight) for _ in range(4)]
     before, within, on_host, after = flights
     for flight in flights:
         flight._done, flight.is_finished, flight.work = None, False, None
-    on_device = cast(Any, SimpleNamespace(is_cuda=True, device="cuda"))
+    on_device = cast(Any, SimpleNamespace(is_cuda=True, device="cuda:1", get_device=lambda: 1))
     for flight, is_capturing in ((before, False), (within, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=is_capturing: c)
         flight.finish(on_device)
@@ -201,7 +208,10 @@ def test_events_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
     ]
     assert not looks
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # A process that has not made the message's device the current one.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     after.finish(on_device)
+    assert streams == [None, "that of cuda:1"]
     assert inflight._is_under_way(before)
     assert len(looks) == 1
 
