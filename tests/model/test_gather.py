@@ -58,7 +58,7 @@ def _trained() -> list[Tensor | None]:
     rank = dist.get_rank()
     x, y = _batch().split(SIZES)[rank], (torch.arange(7) % 3).split(SIZES)[rank]
     features = ddp_model(x)
-    keys, labels = gather(features), gather(y.to(features)).long()
+    keys, labels = gather(features), gather(y.double()).long()
     scale_loss(_contrast(features, y, keys, labels), len(x)).backward()
     return [each.grad for each in model.parameters()]
 
