@@ -92,7 +92,7 @@ def check_machine(run_dir: Path) -> list[Check]:
         *(
             check_extra(extra, _version(package))
             for extra, package in _EXTRAS.items()
-            if extra != "cuda" or cuda
+            if extra != "cuda" or (cuda and sys.platform == "linux" and torch.version.hip is None)
         ),
     ]
 

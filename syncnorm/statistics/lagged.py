@@ -8,7 +8,8 @@ messages a step keep these up to date for all layers. A layer that drifts (see
 As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of
 the backward pass leaves when each call of the step has been through it; where that cannot be
 counted (forwards without gradients), when the next training forward begins. Both are points of the
-program, the same on all workers, which may differ in what they checkpoint.
+program, the same on all workers, which may differ in what they checkpoint (but for a re-entrant
+checkpoint that has outputs without a part in the loss: torch gives these gradients of zero).
 """
 
 from __future__ import annotations

@@ -66,8 +66,12 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
     else:
         words = [str(BIN / command[0]), *command[1:]]
-    # Without it torchrun says that it sets it.
-    done = commands.run(words, cwd, {"OMP_NUM_THREADS": "1"})
+    # Without the first torchrun says that it sets it; with the other its workers are new Pythons,
+    # which have to come to their end, too.
+    environment = {"OMP_NUM_THREADS": "1"}
+    if command[0] == "torchrun":
+        environment["PYTHONPATH"] = str(ROOT)
+    done = commands.run(words, cwd, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

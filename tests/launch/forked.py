@@ -5,6 +5,7 @@ The import of torch and its compiler takes a core three seconds, which few tests
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import random
@@ -139,7 +140,7 @@ def _become(
     if arguments[0] == "torch.distributed.run":
         handler: Any = SubprocessHandler
         handler._popen = lambda *of: _TorchrunWorker(*of)
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    _run(arguments[0], is_module=True)
 
 
 def _begin(arguments: list[str], environment: Mapping[str, str]) -> None:
@@ -150,6 +151,18 @@ def _begin(arguments: list[str], environment: Mapping[str, str]) -> None:
     random.seed()
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = arguments
+    atexit._clear()  # of the process that this is a fork of
+
+
+def _run(program: str, *, is_module: bool) -> None:
+    """Run a module or a file, and what it leaves for the end, which a fork would leave out."""
+    try:
+        if is_module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 class _TorchrunWorker(_Process):
@@ -177,10 +190,8 @@ def _work(handler: SubprocessHandler, words: Sequence[str], environment: Mapping
     for file, number in ((handler._stdout, 1), (handler._stderr, 2)):
         if file is not None:
             os.dup2(file.fileno(), number)
-    _, _unbuffered, *arguments = words
+    _, unbuffered, *arguments = words
+    assert unbuffered == "-u"
     is_module = arguments[0] == "-m"
     _begin(arguments[is_module:], environment)
-    if is_module:
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
+    _run(arguments[is_module], is_module=is_module)

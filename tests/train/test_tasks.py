@@ -384,11 +384,11 @@ def _correlation(sizes: list[int]) -> float:
     return result - torch.corrcoef(rows)[0, 1].item()
 
 
-@pytest.mark.parametrize("sizes", [[4, 5], [9, 0], [0, 9]], ids=str)
+@pytest.mark.parametrize("sizes", [[2, 3, 4], [9, 0, 0], [0, 0, 9]], ids=str)
 def test_a_metric_that_merges_means_is_that_of_the_whole_set(pool, sizes):
     """Also where a worker has no samples, whose means are of nothing."""
     pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
-    assert pool(2).run(_correlation, sizes) == pytest.approx([0, 0], abs=1e-12)
+    assert pool(3).run(_correlation, sizes) == pytest.approx([0, 0, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize(
