@@ -14,6 +14,7 @@ checkpoint that has outputs without a part in the loss: torch gives these gradie
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,12 +202,11 @@ class LaggedMeans(FixedMeans):
         return totals
 
     def for_repetition(self) -> LaggedMeans:
-        pooled = None if self.pooled is None else self.pooled.for_repetition()
-        again = LaggedMeans(
-            self.source, self.layer, self.estimate, pooled, self.count, self.backward
-        )
-        # Of a re-entrant checkpoint the repetition is what goes through the backward pass.
-        again.number = self.number
+        # Counted as the same call: of a re-entrant checkpoint the repetition is what goes through
+        # the backward pass.
+        again = copy.copy(self)
+        if self.pooled is not None:
+            again.pooled = self.pooled.for_repetition()
         return again
 
 
