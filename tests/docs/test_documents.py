@@ -62,15 +62,14 @@ def _blocks(text: str, language: str) -> list[str]:
 
 
 def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    if command[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
-    else:
-        words = [str(BIN / command[0]), *command[1:]]
-    # Without the first torchrun says that it sets it; with the other its workers are new Pythons,
-    # which have to come to their end, too.
+    # Without it torchrun says that it sets it.
     environment = {"OMP_NUM_THREADS": "1"}
     if command[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
+        # Its workers are new Pythons then, which have to come to their end, too.
         environment["PYTHONPATH"] = str(ROOT)
+    else:
+        words = [str(BIN / command[0]), *command[1:]]
     done = commands.run(words, cwd, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -297,7 +297,7 @@ def test_a_worker_that_ends_with_status_0_has_failed(tmp_path, ending, reason):
     assert (end.status, end.reason, end.exit_code) == ("failed", reason, 1)
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"]])
+@pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"], ["doctor"]])
 def test_output_that_has_no_room_is_one_line(tmp_path, arguments):
     command = f"{shlex.join([*commands.SYNCNORM, *arguments])} > /dev/full"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)

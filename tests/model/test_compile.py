@@ -322,7 +322,7 @@ def test_other_options_compile(options):
 @pytest.mark.parametrize(
     *covering(
         make=[SyncBatchNorm, SyncBatchRenorm],
-        dtype=[torch.float32, torch.bfloat16],
+        dtype=[torch.float32, torch.bfloat16, torch.float64],
         sync=["batch", "none"],
     ),
     ids=str,
@@ -427,7 +427,8 @@ def _whole_steps(sync: str, is_compiled: bool, is_accumulated: bool) -> list[Ten
     return [t.detach().clone() for t in model.state_dict().values()]
 
 
-@pytest.mark.parametrize(("sync", "is_accumulated"), [("running", True), ("lagged", False)])
+@pytest.mark.parametrize("is_accumulated", [False, True])
+@pytest.mark.parametrize("sync", ["running", "lagged"])
 def test_a_whole_step_may_be_compiled(pool, sync, is_accumulated):
     """What the layers do together in a backward pass, and at a block's end, runs as it is."""
     plain = pool(2).run(_whole_steps, sync, False, is_accumulated)
