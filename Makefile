@@ -17,12 +17,14 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # Packages for training. Compiled when they are imported, since torch brings thousands of files that no training
-# imports. A C compiler is used if there is one. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
-# itself is whole.
+# imports. A C compiler is used if there is one. The newest pip: it resolves the extras in a quarter of the time that
+# Python's own takes. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once
+# pip itself is whole.
 $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/native/*.[ch])
 	@echo "Installing torch and the trainer into $(VENV). pip names what it downloads, with its size.$(if $(TORCH_INDEX),, \
 	On Linux, TORCH_INDEX=URL of an index with torch's CPU builds saves gigabytes.)"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(PIP_INSTALL) --no-compile torch
 	$(PIP_INSTALL) --no-compile --editable '.[train]'
 	@echo "Installed: $$(du -sh $(VENV) | cut -f 1) in $(VENV)."
