@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,9 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 POOL_SECONDS = 600.0
+# Each process group of gloo keeps a thread that wakes a hundred times a second, and two more: those
+# of a few hundred groups that tests have left behind take a fifth of two cores.
+POOL_THREADS = 40
 # They share one cluster.
 RAY = ("test_ray.py", "test_ray_verify.py")
 # Files that take minutes, the longest first. Where files run side by side, one that began last
@@ -92,14 +96,23 @@ def server() -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], RankPool]]:
-    """pool(world_size): a live RankPool; started anew if a failure has ended it."""
+    """pool(world_size): a live RankPool; started anew if a failure or too many threads ended it."""
     pools: dict[int, RankPool] = {}
 
     def get(world_size: int) -> RankPool:
-        if world_size not in pools or not pools[world_size].is_alive:
+        kept = pools.get(world_size)
+        if kept is not None and kept.is_alive and max(kept.run(_count_threads)) > POOL_THREADS:
+            kept.close()
+        if kept is None or not kept.is_alive:
             pools[world_size] = RankPool(world_size, timeout_seconds=POOL_SECONDS)
         return pools[world_size]
 
     yield get
     for each in pools.values():
         each.close()
+
+
+def _count_threads() -> int:
+    """The threads of this process, native ones too; 0 where the system does not say."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
