@@ -701,3 +701,13 @@ def test_a_first_use_within_a_capture_decides_nothing(monkeypatch):
     monkeypatch.setattr(kernels.triton, "_has_worked", lambda _: modes[-1] == "default")
     assert [kernels.triton.is_usable(device) for _ in range(3)] == [False, True, True]
     assert modes == ["error", "default", "error"]
+
+
+def test_a_first_use_does_not_touch_a_mode_that_nobody_has_set(monkeypatch):
+    """torch warns whoever sets one that it is a prototype."""
+    monkeypatch.setattr(kernels.triton, "_usable", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: pytest.fail("is set"))
+    monkeypatch.setattr(kernels.triton, "_has_worked", lambda _: True)
+    assert kernels.triton.is_usable(torch.device("cuda", 0))

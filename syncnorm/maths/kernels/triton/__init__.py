@@ -40,13 +40,16 @@ def is_usable(device: torch.device) -> bool:
     if device not in _usable:
         if torch.cuda.is_current_stream_capturing():
             return False
-        # In such a mode the wait raises, which would look like a fault of the kernel.
+        # In such a mode the wait raises, which would look like a fault of the kernel. Who has not set
+        # one is spared torch's warning that it is a prototype.
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
+        if mode:
+            torch.cuda.set_sync_debug_mode("default")
         try:
             _usable[device] = _has_worked(device)
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            if mode:
+                torch.cuda.set_sync_debug_mode(mode)
     return _usable[device]
 
 
