@@ -98,8 +98,13 @@ cudaError_t cudaHostUnregister(void* p) {
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
-    *free_bytes = 70 * GIB;
-    *all_bytes = 80 * GIB;
+    *free_bytes = *all_bytes = 80 * GIB;
+    pthread_mutex_lock(&block_lock);
+    for (int i = 0; i < block_count; i++) {
+        int is_here = blocks[i].type == cudaMemoryTypeDevice && blocks[i].device == current_device;
+        *free_bytes -= is_here ? blocks[i].size : 0;
+    }
+    pthread_mutex_unlock(&block_lock);
     return cudaSuccess;
 }
 
@@ -322,17 +327,41 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
 
 static cudaStream_t captured;
 static unsigned long long captures;
-static int is_capturing;
+static int is_capturing, is_for_all_threads, is_broken;
+static pthread_t capturing_thread;
+static __thread CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-    captured = stream, is_capturing = 1, captures++;
+    captured = stream, captures++, is_broken = 0;
+    is_for_all_threads = mode == cudaStreamCaptureModeGlobal;
+    capturing_thread = pthread_self();
+    is_capturing = 1;
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     *graph = (cudaGraph_t)(uintptr_t)captures;
     is_capturing = 0;
-    return cudaSuccess;
+    return is_broken ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+    CUstreamCaptureMode before = thread_mode;
+    thread_mode = *mode, *mode = before;
+    return CUDA_SUCCESS;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* mode) {
+    return (cudaError_t)cuThreadExchangeStreamCaptureMode((CUstreamCaptureMode*)mode);
+}
+
+// A look at an event ends the capture of another thread, unless it is told to spare it.
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    int is_other = is_capturing && !pthread_equal(capturing_thread, pthread_self());
+    if (!is_other || !is_for_all_threads || thread_mode != CU_STREAM_CAPTURE_MODE_GLOBAL)
+        return cudaSuccess;
+    is_broken = 1;
+    return cudaErrorStreamCaptureUnsupported;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -238,9 +239,13 @@ class Watchdog:
             self.thread.join(timeout=1.0)
 
     def _run(self) -> None:
+        is_spared = False
         while not self._ends.wait(
             min((f.log.margin_seconds for f in list(_recent)), default=1) / 3
         ):
+            if not is_spared and torch.cuda.is_initialized():
+                _spare_captures()
+                is_spared = True
             self._check()
 
     def _check(self) -> None:
@@ -269,6 +274,17 @@ class Watchdog:
         except (RuntimeError, ValueError):
             pass  # The store has ended with its host.
         self._reported = weakref.ref(world)
+
+
+def _spare_captures() -> None:
+    """Have this thread's looks at events end no capture of a CUDA graph in another thread.
+
+    By CUDA's default they do, and nobody can tell when a program captures.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        thread_local = ctypes.c_int(1)
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(thread_local))
 
 
 _watchdog = Watchdog()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu import timing
 from syncnorm import undocumented
+from syncnorm.comm import inflight
 from syncnorm.module import SyncNorm
 from syncnorm.testing import assert_close
 from tests.cuda import scenarios
@@ -88,3 +91,34 @@ def test_a_replay_is_a_step(device, kind, dtype, is_masked, world):
     finally:
         if world == 2:
             dist.destroy_process_group()
+
+
+def test_the_watch_ends_no_capture(device, only_cuda, monkeypatch):
+    """Its thread looks at the event of an exchange long ago, at whatever moment."""
+    monkeypatch.setattr(inflight, "_recent", collections.deque(maxlen=64))
+    monkeypatch.setattr(inflight, "_watchdog", inflight.Watchdog())
+    dist.init_process_group("fake", store=undocumented.fake_store(), rank=0, world_size=2)
+    try:
+        log = inflight.log_of(dist.group.WORLD)
+        log.timeout_seconds = 0.2  # it looks every 17 milliseconds
+        x = torch.ones(3, device=device)
+        flight = inflight.InFlight((2, 0), log, "moments", "", 2)
+        flight.began = float("inf")
+        flight.finish(x)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()
+            flight.began = 0.0
+            deadline = time.monotonic() + 10.0
+            while flight._done is not None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            x.add_(1.0)
+            graph.capture_end()
+        x.fill_(1.0)
+        graph.replay()
+        assert flight._done is None
+        assert x.tolist() == [2.0, 2.0, 2.0]
+    finally:
+        inflight._watchdog._end()
+        dist.destroy_process_group()
