@@ -6,7 +6,7 @@
 
 Bytes per sample are those that a forward of a few samples saves for its backward pass; on a GPU
 those by which the peak of both passes grows, if that is more. On a CPU the process counts, and is
-the greatest part with small networks; on a GPU it lies elsewhere.
+the greatest part with small networks; on a GPU it lies elsewhere, but for data in memory.
 """
 
 import reprlib
@@ -35,7 +35,8 @@ class Need:
     """The memory that a step of a worker needs, in bytes.
 
     Args:
-        process: interpreter, libraries and data set, before there is a model.
+        process: interpreter, libraries and data set, before there is a model; on a GPU what of the
+            data set lies there.
         fixed: parameters, gradients, states of the optimizer, moving average.
         per_sample: kept by a forward for its backward pass, for each sample; on a GPU also what
             both passes need besides.
@@ -132,7 +133,7 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     # Before the process is measured: the first optimizer imports much.
     fixed = parameters * (2 + _states_per_parameter(config, workers.device))
     # The process has the parameters already, which `fixed` counts.
-    process = 0 if workers.device.type == "cuda" else max(system.resident_memory() - parameters, 0)
+    process = max(_taken(workers.device) - parameters, 0)
     forwards = [
         _forward_sizes(config, model, workers.world_size, feed.sizes[TRAIN], rank)
         for rank in range(workers.world_size)
@@ -142,6 +143,13 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
         per_sample = try_task(config, workers, feed, model, task, some_are_empty=some_are_empty)
     # The first worker has most.
     return Need(process, fixed, per_sample, max(forwards[0]))
+
+
+def _taken(device: torch.device) -> int:
+    """The bytes that this process has by now, on a GPU those of its tensors there."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return system.resident_memory()
 
 
 def _states_per_parameter(config: Config, device: torch.device) -> int:
@@ -185,7 +193,7 @@ def _forward_sizes(
 
 
 def available_bytes(config: Config, workers: Workers, started: int) -> float:
-    """The memory that this worker may use, in bytes; on a CPU including its own by now.
+    """The memory that this worker may use, in bytes, including its own by now.
 
     Args:
         config: may fix it.
@@ -195,5 +203,7 @@ def available_bytes(config: Config, workers: Workers, started: int) -> float:
     if config.launch.memory_gib is not None:
         return config.launch.memory_gib * GIB
     if workers.device.type == "cuda":
-        return torch.cuda.mem_get_info(workers.device)[0]
+        # What the estimate's trial has left is kept for the next tensors, and not free for others.
+        own = torch.cuda.memory_reserved(workers.device)
+        return torch.cuda.mem_get_info(workers.device)[0] + own
     return (system.free_memory() + started * system.resident_memory()) / workers.local_world_size

@@ -15,7 +15,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.feed import MemoryFeed
-from syncnorm.train.memory import Need, check_fits, estimate
+from syncnorm.train.memory import Need, available_bytes, check_fits, estimate
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
 from syncnorm.train.setup import load_feed, make_bare_model, task_of
@@ -165,6 +165,14 @@ def test_memory_is_estimated_from_what_a_forward_keeps():
     # A process of many tests gives memory back in between.
     assert plain.process == pytest.approx(resident_memory(), rel=0.2)
     assert plain.total == plain.process + plain.fixed + 64 * plain.per_sample
+
+
+def test_memory_of_a_gpu_that_the_process_holds_is_there_for_a_step(monkeypatch):
+    """A trial leaves it with torch's allocator; the data set and the parameters are in the need."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (7 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * 2**30)
+    workers = Workers(0, 1, torch.device("cuda", 0))
+    assert available_bytes(load_config("digits"), workers, 1) == 12 * 2**30
 
 
 def test_a_forward_may_be_small_where_no_layer_of_ours_is_left():
