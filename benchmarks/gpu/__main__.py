@@ -49,7 +49,10 @@ TEST_GROUPS = (
     ("alone", "no_waiting"),
     ("graphs", "modes", "nccl"),
     ("verify",),
+    # A test of these takes the compiler's quarter of a minute.
     ("compile",),
+    ("compile_ranks",),
+    ("compile_models",),
 )
 QUICK_TEST = "padding"
 

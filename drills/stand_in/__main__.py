@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "stand_in"
 SITE = Path(torch.__file__).parents[1]
 # Whose kernels nobody runs: those of torch's compiler, those that a graph replays, and those that
 # torch.nn.SyncBatchNorm has for CUDA alone.
-LEFT_OUT = {"tests/cuda/test_compile.py"}
+LEFT_OUT = {f"tests/cuda/test_compile{of}.py" for of in ("", "_ranks", "_models")}
 NAMES = ["32_bits"]
 # Tensors and steps for which the interpreter takes too long.
 SLOW = ["sizes_of_networks", "takes_no_memory", "ten_thousand", "long_sum", "many_layers"]

@@ -254,6 +254,24 @@ def compiled_steps(
     return [one_step(layer, *step, run=compiled) for step in moved]
 
 
+def check_compiled_layer(
+    pool,
+    device: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    sizes: tuple[int, ...],
+    *,
+    masked: bool,
+) -> None:
+    """Run steps of a compiled layer on the ranks of a pool and compare them with the oracle."""
+    batches = [Batch.random((8, 5, 6, 7), dtype, masked=masked, seed=seed) for seed in range(2)]
+    by_rank = list(zip(*(b.shards(sizes) for b in batches), strict=True))
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    args = [(device, list(steps), options, backend) for steps in by_rank]
+    found = pool.run_each(compiled_steps, args)
+    check_against_oracle(found, batches, sizes, options, factor=2.0)
+
+
 def compiled_training(device: str, sync: str) -> dict[str, Tensor]:
     """Train a model that is compiled under DistributedDataParallel."""
     torch._dynamo.reset()
