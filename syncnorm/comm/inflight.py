@@ -279,7 +279,8 @@ class Watchdog:
 def _spare_captures() -> None:
     """Have this thread's looks at events end no capture of a CUDA graph in another thread.
 
-    By CUDA's default they do, and nobody can tell when a program captures.
+    By CUDA's default they do, and a program's capture is known here (`is_capturing`) only once an
+    exchange has been made in it.
     """
     with contextlib.suppress(OSError, AttributeError):
         thread_local = ctypes.c_int(1)
