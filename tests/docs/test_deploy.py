@@ -136,8 +136,10 @@ def test_what_the_image_installs_has_pins_and_hashes():
 def test_versions_agree():
     pins = hashes.pins((ROOT / "docker" / "constraints.txt").read_text())
     ours = hashes.pins((ROOT / "constraints.txt").read_text())
-    # Not in the image: its torch brings a triton of its own, or needs none, and it makes no site.
-    for name in ("triton", "furo", "jupytext", "myst-parser", "sphinx"):
+    # Not in the image: its torch brings a triton of its own, or needs none, it makes no site, and it
+    # plays no store.
+    site, store = ("furo", "jupytext", "myst-parser", "sphinx"), ("aiobotocore", "boto3")
+    for name in ("triton", *site, *store):
         del ours[name]
     assert {name: pins[name] for name in ours} == ours
     assert cluster()["rayVersion"] == pins["ray"]
