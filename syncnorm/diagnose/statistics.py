@@ -32,7 +32,8 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
 
     mean and var are those of all batches, as training normalises the layers before, weighted by
     masks; `loss` is that of training, of evaluation, and of evaluation by mean and var, unbiased as
-    running variances are. values is the number per channel in a statistic. Nothing is flat where
+    running variances are (layers with other running statistics keep theirs). values is the number
+    per channel in a statistic. Nothing is flat where
     there are not several values.
 
     *Statistics*: those of the training, running statistics frozen. m2 is the sum of squared

@@ -22,7 +22,7 @@ from syncnorm.diagnose.smoothness import measure_smoothness
 from syncnorm.diagnose.statistics import measure_statistics
 from syncnorm.diagnose.surface import measure_surface
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EstimatedBatchNorm, EvoNorm, PowerNorm
+from syncnorm.family import EstimatedBatchNorm, EvoNorm, L1BatchNorm, PowerNorm
 from tests.diagnose import cases
 
 PARTS = (3, 2, 4)
@@ -121,6 +121,14 @@ def test_losses_in_three_modes_by_hand(model, problem):
     assert found["training"] == pytest.approx(training, rel=1e-12)
     assert found["population"] == pytest.approx(population, rel=1e-12)
     assert abs(evaluation - population) > 1e-3
+
+
+def test_a_mean_of_the_data_is_not_put_beside_an_old_deviation():
+    """Their mix is by neither statistics: its loss could be larger than that of both."""
+    problem = _begun(cases.problem_of(cases.network(L1BatchNorm), [cases.samples(9)], PARTS))
+    found = measure_statistics(problem)["loss"]
+    assert found["population"] == pytest.approx(found["evaluation"], rel=1e-12)
+    assert abs(found["training"] - found["evaluation"]) > 1e-3
 
 
 def test_gradients_by_depth_by_hand(model, problem):
