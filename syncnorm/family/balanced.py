@@ -20,6 +20,10 @@ same where every task is there, and a network need not be told of a task's end.
 backward pass: the weights need the counts of all workers, and counts that went first would be a
 second message to wait for. `balance_loss` has no more.
 
+In evaluation psi has no effect, and a gradient of 0, as in training that of a task without samples:
+DistributedDataParallel waits for a gradient of every parameter. So weight decay moves it there, too;
+`psi.requires_grad_(False)` holds it.
+
 Sources: the paper; github.com/lvyilin/AdaB2N.
 """
 
@@ -117,6 +121,14 @@ class BalancedBatchNorm(PooledBatchNorm):
         var_seen = torch.where(values.sum() > 1, var, self.running_var)
         self.follow(count.sum(), mean=mean, var=var_seen)
         return self.standardize(x, mean, var)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Normalise by the running statistics; psi has a gradient of 0."""
+        mean = self.running_mean
+        if torch.is_grad_enabled() and self.psi.requires_grad:
+            # Not times 0, which is NaN for a psi that is not finite.
+            mean = mean + torch.where(self.psi.new_zeros((), dtype=torch.bool), self.psi, 0).sum()
+        return self.standardize(x, mean, self.running_var)
 
     def _task_sums(self, x: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Count samples and values by task, (T,), and add each sample's means of x and x^2, (T, C).

@@ -98,6 +98,40 @@ def test_training_with_ddp_is_that_on_the_whole_batch(pool, sizes):
             close(each[key].double(), value.double())
 
 
+def in_evaluation(x: Tensor, workers: int) -> list[Tensor]:
+    """Take a step by the running statistics, and go on training; the gradients of both."""
+    model = prepare_ddp(network())
+    ddp = DistributedDataParallel(model) if workers > 1 else model
+    kept = []
+    for is_training in (False, True):
+        ddp.train(is_training)
+        model.zero_grad()
+        loss = ddp(x).square().sum() * workers / 5
+        loss.backward()
+        kept += [p.grad.clone() for p in model.parameters()]
+    return kept
+
+
+def test_a_step_in_evaluation_mode_is_that_on_the_whole_batch(pool):
+    """DDP would leave each worker its own gradients, for want of one of psi."""
+    x = data(5)[0][:, :2, 0]
+    by_rank = pool(2).run_each(in_evaluation, [(each, 2) for each in shard(x, (3, 2))])
+    (alone,) = pool(1).run(in_evaluation, x, 1)
+    psi = [n for n, _ in network().named_parameters()].index("1.psi")
+    assert not alone[psi].any()
+    for each in by_rank:
+        for got, expected in zip(each, alone, strict=True):
+            close(got, expected)
+
+
+def test_a_psi_that_is_not_finite_has_no_part_in_evaluation():
+    layer, x = made().eval(), data(5)[0]
+    expected = layer(x)
+    with torch.no_grad():
+        layer.psi[0] = torch.inf
+    assert torch.equal(layer(x), expected)
+
+
 def test_equals_the_authors_formula_where_every_task_is_there():
     x, tasks, _ = data(6)
     layer = BalancedBatchNorm(CHANNELS, 3, momentum=1.0).double()
