@@ -25,7 +25,7 @@ from torch import Tensor
 
 from syncnorm import undocumented
 from syncnorm.comm import shared
-from syncnorm.comm.world import rank
+from syncnorm.comm.world import is_current, rank
 from syncnorm.errors import ExchangeError
 
 _KEPT = 64
@@ -47,6 +47,7 @@ class GroupLog:
     def __init__(self, group: dist.ProcessGroup) -> None:
         timeout = undocumented.timeout_of(group)
         self.members = dist.get_process_group_ranks(group)
+        self._group = weakref.ref(group)
         self.timeout_seconds = (
             _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
         )
@@ -60,6 +61,12 @@ class GroupLog:
         """The process that has used the group first; a fork of it lacks gloo's threads."""
         self.is_on_one_level = False
         """True while all members send by torch.distributed, whatever `hosts` has made."""
+
+    @property
+    def is_of_the_past(self) -> bool:
+        """True once the group has been destroyed."""
+        group = self._group()
+        return group is None or not is_current(group)
 
     @property
     def margin_seconds(self) -> float:
@@ -250,7 +257,15 @@ class Watchdog:
 
     def _check(self) -> None:
         stuck = next(
-            (f for f in list(_recent) if f.is_old() and not f.is_reported and _is_under_way(f)),
+            (
+                f
+                for f in list(_recent)
+                # What a group that is gone has left unfinished is nobody's to wait for.
+                if f.is_old()
+                and not f.is_reported
+                and not f.log.is_of_the_past
+                and _is_under_way(f)
+            ),
             None,
         )
         world = dist.group.WORLD

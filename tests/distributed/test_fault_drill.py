@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,21 @@ def test_the_watch_goes_on_when_torch_distributed_begins_anew(tmp_path):
             assert "an exchange of another worker is stuck." in first
             assert "an exchange of another worker is stuck." in anew
             assert again == again_anew == ""
+
+
+def test_what_a_group_leaves_unfinished_is_not_reported_once_it_is_destroyed(monkeypatch, capsys):
+    monkeypatch.setattr(inflight, "_recent", deque())
+    dist.init_process_group("fake", store=undocumented.fake_store(), rank=0, world_size=2)
+    group, watch = dist.group.WORLD, inflight.Watchdog()
+    flight = inflight.InFlight((2, 0), inflight.log_of(group), "all moments", "first", 2)
+    flight.began -= 10_000
+    watch._check()
+    said = capsys.readouterr().err
+    assert "call 1 of 'first' (all moments, 2 float64) has been under way for 100" in said
+    flight.is_reported = False
+    dist.destroy_process_group()
+    watch._check()
+    assert capsys.readouterr().err == ""
 
 
 def test_events_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
