@@ -141,7 +141,9 @@ def predict(
     run: _Run,
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Images, folders of images, .npy or .npz arrays."),
+        typer.Argument(
+            metavar="FILE", help="Images, folders of images, .npy or .npz arrays, tables."
+        ),
     ],
     output: Annotated[
         Path | None,

@@ -27,6 +27,60 @@ TASKS = {
 }
 
 
+def test_rows_of_a_table_are_found_by_the_names_of_their_columns(pool, tmp_path, capfd):
+    features = np.random.default_rng(0).normal(3.0, 50.0, (60, 8))
+    names = [f"x{number}" for number in range(8)]
+    kinds = np.where(features.sum(1) > 24, "many", "few")
+    rows = [[*row, number, kind] for number, (row, kind) in enumerate(zip(features, kinds))]
+    data = tmp_path / "data.csv"
+    data.write_text(
+        "\n".join(";".join(map(str, row)) for row in [[*names, "number", "kind"], *rows])
+    )
+    options = {"target": "kind", "drop": ["number"], "delimiter": ";", "test": 0.2}
+    config = Config(
+        model={"name": "tests.train.tasks:Perceptron"},
+        data={"name": "csv", "root": str(data), "options": options},
+        train={"epochs": 3, "global_batch": 20, "lr": 0.1},
+    )  # pyright: ignore[reportArgumentType]
+    folder, _ = make(pool, tmp_path / "run", config)
+    np.save(tmp_path / "x.npy", features)
+    predict = ["predict", folder, "--allow", "tests", "-o"]
+
+    def answers(*arguments: object) -> list[dict]:
+        assert call(capfd, *predict, tmp_path / "out.jsonl", *arguments).status == 0
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    expected = answers(tmp_path / "x.npy")
+    assert len({row["name"] for row in expected}) == 2
+    assert [{**row, "file": str(tmp_path / "x.npy")} for row in answers(data)] == expected
+
+    # In another order, with a column that is none of the training's, without the target; and rows
+    # of which some are bad.
+    other = [";".join(["note", *names[::-1]])]
+    other += [";".join(["?", *map(str, row[::-1])]) for row in features]
+    other[4], other[7] = "?;1;2;3", other[7].replace(str(features[6, 2]), "nan")
+    (tmp_path / "other.csv").write_text("\n".join(other))
+    (tmp_path / "wrong.csv").write_text("x0;x1\n1;2\n")
+    bad = [tmp_path, tmp_path / "wrong.csv", tmp_path / "none.csv"]
+    status, out, err = call(capfd, *predict[:-1], tmp_path / "other.csv", *bad)
+    assert status == 1
+    got = [json.loads(line) for line in out.splitlines()]
+    wanted = [row for row in expected if row["index"] not in (3, 6)]
+    for row, other_row in zip(got, wanted, strict=True):
+        # In batches of another size, which rounds otherwise.
+        chance = pytest.approx(other_row["probability"], rel=1e-5)
+        assert row == other_row | {"file": str(tmp_path / "other.csv"), "probability": chance}
+    lines = [line.replace(f"{tmp_path}", "T") for line in err.splitlines()]
+    assert lines[:-1] == [
+        "syncnorm: T/other.csv, line 5: must have 9 values, got 4",
+        "syncnorm: T/other.csv, line 8, column x2: must be a finite number of at most 3.4e+38, got "
+        "'nan'. Fill it in.",
+        "syncnorm: T: must be a table or an array of the run's inputs, got a folder",
+        "syncnorm: T/wrong.csv: must have the columns of the training set, got none named 'x2'",
+        "syncnorm: T/none.csv: cannot be read: No such file or directory",
+    ]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_other_tasks(task, pool, tmp_path, capfd):
     inputs, targets, model = TASKS[task]

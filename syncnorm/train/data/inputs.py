@@ -18,6 +18,8 @@ class Inputs(BaseModel):
         mean: of each channel, in the units that samples are stored in; None: the data set prepares
             its samples itself, and they enter as it gives them.
         std: as above.
+        columns: of a table, by name, in the order of the channels; None: a sample is no row of one.
+        delimiter: between two values of such a table.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -26,6 +28,8 @@ class Inputs(BaseModel):
     dtype: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    delimiter: str = ","
 
     @field_validator("dtype")
     @classmethod

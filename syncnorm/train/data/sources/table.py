@@ -34,6 +34,7 @@ from syncnorm.train.data.splits import Splits
 # Others may be codes, such as 1e2.
 _PLAIN = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 _LARGEST = torch.finfo(torch.float32).max
+_HINT = "Fill it in, or leave columns out by data.options.drop."
 
 
 @dataclass
@@ -109,9 +110,39 @@ def csv(
         classes=classes,
         labels=sets["train"].tensors[1] if classes else None,
         inputs=Inputs(
-            shape=(count,), dtype="float64", mean=tuple(mean.tolist()), std=tuple(std.tolist())
+            shape=(count,),
+            dtype="float64",
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+            columns=tuple(columns),
+            delimiter=delimiter,
         ),
     )
+
+
+def read_features(
+    path: Path, columns: Sequence[str], delimiter: str
+) -> Iterator[Tensor | ConfigError]:
+    """Yield the values of some columns of each row, (F,), float64, or why a row has none.
+
+    Args:
+        path: of a table whose first line names its columns; others than these may hold anything.
+        columns: by name.
+        delimiter: between two values.
+
+    Raises:
+        ConfigError: the table cannot be read, or lacks a column.
+    """
+    for line, values in _rows(path, columns, delimiter):
+        if isinstance(values, ConfigError):
+            yield values
+            continue
+        try:
+            yield torch.tensor(
+                _numbers(values, path, line, columns, "Fill it in."), dtype=torch.float64
+            )
+        except ConfigError as error:
+            yield error
 
 
 def _find(root: Path, test: float) -> dict[str, Path]:
@@ -139,7 +170,7 @@ def _find(root: Path, test: float) -> dict[str, Path]:
 def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> list[str]:
     """Read the names of the features."""
     with _open(path) as file:
-        names = _header(path, _rows(file, delimiter))
+        names = _header(path, _reader(file, delimiter))
     for key, name in (("target", target), *(("drop", name) for name in drop)):
         if name not in names:
             hint = "; data.options.delimiter says what is between two" if len(names) == 1 else ""
@@ -155,33 +186,44 @@ def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> li
 
 def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Table:
     table = _Table.empty(path)
+    for line, values in _rows(path, [*columns, target], delimiter):
+        if isinstance(values, ConfigError):
+            raise values
+        *features, of_target = values
+        table.add(_numbers(features, path, line, columns, _HINT), of_target.strip(), line)
+    return table
+
+
+def _rows(
+    path: Path, columns: Sequence[str], delimiter: str
+) -> Iterator[tuple[int, list[str] | ConfigError]]:
+    """Yield the line of each row, and its values of some columns, or why it has none."""
     with _open(path) as file:
-        reader = _rows(file, delimiter)
+        reader = _reader(file, delimiter)
         names = _header(path, reader)
-        missing = [name for name in (*columns, target) if name not in names]
+        missing = [name for name in columns if name not in names]
         if missing:
             raise ConfigError(
                 f"{path}: must have the columns of the training set, got none named {missing[0]!r}"
             )
-        places, target_place = [names.index(name) for name in columns], names.index(target)
+        places = [names.index(name) for name in columns]
         end = reader.line_num
         for values in reader:
             line, end = end + 1, reader.line_num
             if not values:
                 continue
-            if len(values) != len(names):
-                raise ConfigError(
+            if len(values) == len(names):
+                yield line, [values[place] for place in places]
+                continue
+            yield (
+                line,
+                ConfigError(
                     f"{path}, line {line}: must have {len(names)} values, got {len(values)}"
-                )
-            features = [
-                _number(values[place], path, line, name)
-                for place, name in zip(places, columns, strict=True)
-            ]
-            table.add(features, values[target_place].strip(), line)
-    return table
+                ),
+            )
 
 
-def _rows(file: Any, delimiter: str) -> Any:
+def _reader(file: Any, delimiter: str) -> Any:
     # Strict: a quote that nobody closes would make one value of the rest of the file.
     return files.reader(file, delimiter=delimiter, strict=True)
 
@@ -216,7 +258,15 @@ def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     return names
 
 
-def _number(text: str, path: Path, line: int, column: str) -> float:
+def _numbers(
+    values: Sequence[str], path: Path, line: int, columns: Sequence[str], hint: str
+) -> list[float]:
+    return [
+        _number(value, path, line, name, hint) for value, name in zip(values, columns, strict=True)
+    ]
+
+
+def _number(text: str, path: Path, line: int, column: str, hint: str) -> float:
     try:
         # Python's own numbers may be grouped, 1_000.
         value = math.nan if "_" in text else float(text)
@@ -225,8 +275,7 @@ def _number(text: str, path: Path, line: int, column: str) -> float:
     if not abs(value) <= _LARGEST:
         raise ConfigError(
             f"{path}, line {line}, column {column}: must be a finite number of at most "
-            f"{_LARGEST:.2g}, got {text[:40]!r}. "
-            "Fill it in, or leave columns out by data.options.drop."
+            f"{_LARGEST:.2g}, got {text[:40]!r}. {hint}"
         )
     return value
 
@@ -267,7 +316,7 @@ def _classes(targets: Sequence[str]) -> list[str]:
 def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
     if classes is None:
         pairs = zip(table.targets, table.lines, strict=True)
-        values = [_number(text, table.path, line, column) for text, line in pairs]
+        values = [_number(text, table.path, line, column, _HINT) for text, line in pairs]
         return torch.tensor(values, dtype=torch.float64)
     numbers = {name: number for number, name in enumerate(classes)}
     for name, line in zip(table.targets, table.lines, strict=True):
