@@ -256,8 +256,9 @@ def test_a_data_set_and_a_task_of_ones_own_are_what_the_trainer_takes():
         for _ in range(2)
     )
     for page, names in (("data", data), ("tasks", task)):
-        (block,) = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python")
-        exec(compile(block, f"docs/{page}.md", "exec"), names)
+        for block in _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python"):
+            exec(compile(block, f"docs/{page}.md", "exec"), names)
+    assert data["net"](4, 3, nn.BatchNorm1d)(torch.eye(4)).shape == (4, 3)
     splits = data["load"](Path("scans")).check()
     assert (len(splits.train), splits.num_classes) == (4, 5)
     batch = torch.eye(3), torch.tensor([0, 1, 1])
