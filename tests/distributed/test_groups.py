@@ -447,6 +447,66 @@ def test_layers_that_name_no_workers_pool_over_the_group_of_prepare_ddp(pool, sy
             )
 
 
+def _blocks() -> list[nn.Sequential]:
+    torch.manual_seed(5)
+    return [
+        nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 4)).double()
+        for _ in range(4)
+    ]
+
+
+def _pipeline(x: Tensor, y: Tensor, count: int) -> dict[int, list[Tensor]]:
+    """Take a step of two pipelines, whose replicas have a half of each micro-batch.
+
+    Returns:
+        By its number each stage's gradients, summed over the replicas, and its running mean.
+    """
+    from torch.distributed.pipelining import PipelineStage, ScheduleInterleavedZeroBubble
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "replica"))
+    here, replica = mesh["stage"].get_local_rank(), mesh["replica"].get_local_rank()
+    x, y = (each.view(count, 2, -1, 4)[:, replica].flatten(0, 1) for each in (x, y))
+    like = x[: len(x) // count].detach().clone().requires_grad_()
+    blocks = _blocks()
+    stages = [
+        PipelineStage(
+            prepare_ddp(blocks[number], mesh["replica"]),
+            number,
+            4,
+            torch.device("cpu"),
+            input_args=(like,),
+            output_args=(like,),
+            group=mesh["stage"].get_group(),
+        )
+        for number in (here, here + 2)
+    ]
+    schedule = ScheduleInterleavedZeroBubble(
+        stages, count, loss_fn=lambda y, target: (y * target).sum(), scale_grads=False
+    )
+    schedule.step(*([x] if here == 0 else []), **({"target": y} if here else {}))
+    found = {}
+    for number in (here, here + 2):
+        grads = [parameter.grad for parameter in blocks[number].parameters()]
+        for grad in grads:
+            dist.all_reduce(grad, group=mesh["replica"].get_group())
+        found[number] = [*grads, blocks[number][1].running_mean]
+    return found
+
+
+def test_a_pipelines_replicas_train_as_one_of_whole_micro_batches(pool):
+    """By the schedule that interleaves stages, and takes two backward passes of each."""
+    count = 4
+    x, y = torch.randn(2, count * 6, 4, dtype=torch.float64, generator=torch.manual_seed(2))
+    blocks = _blocks()
+    for part, target in zip(x.chunk(count), y.chunk(count)):
+        (nn.Sequential(*blocks)(part) * target).sum().backward()
+    for found in pool(4).run(_pipeline, x, y, count):
+        for number, values in found.items():
+            expected = [each.grad for each in blocks[number].parameters()]
+            for got, value in zip(values, [*expected, blocks[number][1].running_mean], strict=True):
+                torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-10)
+
+
 def _prepare_among(spec: groups.Spec, group: list[int] | None) -> groups.Spec:
     layer = SyncBatchNorm(4, process_group=spec)
     prepare_ddp(nn.Sequential(layer), None if group is None else dist.new_group(group))
