@@ -1,6 +1,6 @@
 """The samples of files: images, folders of images, arrays of numpy, tables."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.inputs import Inputs, Table
 from syncnorm.train.data.sources.images import SUFFIXES, images_below, read_pixels
 from syncnorm.train.data.sources.table import read_features
 
@@ -52,7 +52,7 @@ class Unread:
 def read_samples(files: Iterable[Path], inputs: Inputs) -> Iterator[Sample | Unread]:
     """Yield the samples of files, in their order; of a folder the images below it, by name."""
     for path in files:
-        if path.is_dir() and inputs.columns is not None:
+        if path.is_dir() and inputs.table is not None:
             yield Unread(f"{path}: must be a table or an array of the run's inputs, got a folder")
         elif path.is_dir():
             try:
@@ -76,16 +76,16 @@ def _read(path: Path, inputs: Inputs) -> Iterator[Sample | Unread]:
     try:
         if path.suffix in _ARRAYS:
             yield from _read_array(path, inputs)
-        elif inputs.columns is not None:
-            yield from _read_table(path, inputs.columns, inputs.delimiter)
+        elif inputs.table is not None:
+            yield from _read_table(path, inputs.table)
         else:
             yield Sample(str(path), None, _read_image(path, inputs))
     except ConfigError as error:
         yield Unread(str(error))
 
 
-def _read_table(path: Path, columns: Sequence[str], delimiter: str) -> Iterator[Sample | Unread]:
-    for index, row in enumerate(read_features(path, columns, delimiter)):
+def _read_table(path: Path, table: Table) -> Iterator[Sample | Unread]:
+    for index, row in enumerate(read_features(path, table)):
         is_read = isinstance(row, Tensor)
         yield Sample(str(path), index, row) if is_read else Unread(str(row))
 

@@ -9,6 +9,20 @@ from torch import Tensor, nn
 from syncnorm.errors import InputError
 
 
+class Table(BaseModel):
+    """How the rows of a table are read.
+
+    Args:
+        columns: their names, in the order of the channels.
+        delimiter: between two values.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    columns: tuple[str, ...]
+    delimiter: str
+
+
 class Inputs(BaseModel):
     """Raw inputs of a model.
 
@@ -18,8 +32,7 @@ class Inputs(BaseModel):
         mean: of each channel, in the units that samples are stored in; None: the data set prepares
             its samples itself, and they enter as it gives them.
         std: as above.
-        columns: of a table, by name, in the order of the channels; None: a sample is no row of one.
-        delimiter: between two values of such a table.
+        table: of which a sample is a row; None: of none.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -28,8 +41,7 @@ class Inputs(BaseModel):
     dtype: str
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    columns: tuple[str, ...] | None = None
-    delimiter: str = ","
+    table: Table | None = None
 
     @field_validator("dtype")
     @classmethod

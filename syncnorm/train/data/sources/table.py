@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.inputs import Inputs, Table
 from syncnorm.train.data.sources.arrays import mean_and_std
 from syncnorm.train.data.sources.files import (
     by_stem,
@@ -38,7 +38,7 @@ _HINT = "Fill it in, or leave columns out by data.options.drop."
 
 
 @dataclass
-class _Table:
+class _Contents:
     """Features of all rows, one row after the other; and each row's target as text, and line."""
 
     path: Path
@@ -47,7 +47,7 @@ class _Table:
     lines: list[int]
 
     @classmethod
-    def empty(cls, path: Path) -> "_Table":
+    def empty(cls, path: Path) -> "_Contents":
         return cls(path, array("d"), [], [])
 
     def add(self, features: Sequence[float], target: str, line: int) -> None:
@@ -114,26 +114,23 @@ def csv(
             dtype="float64",
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
-            columns=tuple(columns),
-            delimiter=delimiter,
+            table=Table(columns=tuple(columns), delimiter=delimiter),
         ),
     )
 
 
-def read_features(
-    path: Path, columns: Sequence[str], delimiter: str
-) -> Iterator[Tensor | ConfigError]:
-    """Yield the values of some columns of each row, (F,), float64, or why a row has none.
+def read_features(path: Path, table: Table) -> Iterator[Tensor | ConfigError]:
+    """Yield the features of each row, (F,), float64, or why a row has none.
 
     Args:
-        path: of a table whose first line names its columns; others than these may hold anything.
-        columns: by name.
-        delimiter: between two values.
+        path: of a file whose first line names its columns; others than the table's may hold anything.
+        table: what is read.
 
     Raises:
-        ConfigError: the table cannot be read, or lacks a column.
+        ConfigError: the file cannot be read, or lacks a column.
     """
-    for line, values in _rows(path, columns, delimiter):
+    columns = table.columns
+    for line, values in _rows(path, columns, table.delimiter):
         if isinstance(values, ConfigError):
             yield values
             continue
@@ -184,8 +181,8 @@ def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> li
     return columns
 
 
-def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Table:
-    table = _Table.empty(path)
+def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Contents:
+    table = _Contents.empty(path)
     for line, values in _rows(path, [*columns, target], delimiter):
         if isinstance(values, ConfigError):
             raise values
@@ -280,8 +277,8 @@ def _number(text: str, path: Path, line: int, column: str, hint: str) -> float:
     return value
 
 
-def _cut(table: _Table, count: int, share: float) -> dict[str, _Table]:
-    kept, held = _Table.empty(table.path), _Table.empty(table.path)
+def _cut(table: _Contents, count: int, share: float) -> dict[str, _Contents]:
+    kept, held = _Contents.empty(table.path), _Contents.empty(table.path)
     for number, (target, line) in enumerate(zip(table.targets, table.lines, strict=True)):
         features = table.features[number * count : (number + 1) * count]
         part = held if is_held_out(repr((features.tolist(), target)), share) else kept
@@ -289,7 +286,7 @@ def _cut(table: _Table, count: int, share: float) -> dict[str, _Table]:
     return {"train": kept, "test": held}
 
 
-def _matrix(table: _Table, count: int) -> Tensor:
+def _matrix(table: _Contents, count: int) -> Tensor:
     """Make a tensor (N, F), float64, of a table's features."""
     return torch.tensor(table.features, dtype=torch.float64).reshape(-1, count)
 
@@ -313,7 +310,7 @@ def _classes(targets: Sequence[str]) -> list[str]:
     return names
 
 
-def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
+def _targets(table: _Contents, column: str, classes: list[str] | None) -> Tensor:
     if classes is None:
         pairs = zip(table.targets, table.lines, strict=True)
         values = [_number(text, table.path, line, column, _HINT) for text, line in pairs]
