@@ -197,7 +197,8 @@ def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]
             yield writer
             writer.close()
     except OSError as error:
-        if output is None:
+        # The masks' names go there, whatever the output.
+        if output is None or isinstance(error, BrokenPipeError):
             raise RunError(f"standard output cannot be written: {error.strerror}") from None
         raise ConfigError(
             f"`--output` must be writable, got {str(output)!r}: {error.strerror or error}"

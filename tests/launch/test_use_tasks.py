@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from syncnorm.train.data.inputs import Signature, Standardise
 from syncnorm.train.data.sources.images import ImageReader, read_pixels
 from syncnorm.train.finished.load import LoadedModel
 from syncnorm.train.finished.predict import rows_of
-from tests.launch.commands import call
+from tests.launch.commands import SYNCNORM, call, run
 from tests.launch.test_use import make
 
 # By task, the shapes of a sample and of a target, and the network.
@@ -121,6 +122,11 @@ def test_other_tasks(task, pool, tmp_path, capfd):
         found = np.stack([np.asarray(Image.open(masks / f"x-{n}.png")) for n in range(40)])
         assert (found == y).mean() == pytest.approx(metrics["accuracy"])
         assert (np.asarray(Image.open(masks / "seven.png")) == found[7]).all()
+        unread = shlex.join(map(str, [*SYNCNORM, *predict, "-o", masks]))
+        # The pipe's other end is closed long before the first mask is there.
+        done = run(["bash", "-c", f"{unread} | true; exit ${{PIPESTATUS[0]}}"], tmp_path)
+        assert done.returncode == 1
+        assert done.stderr == "syncnorm: standard output cannot be written: Broken pipe\n"
         return
     status, out, err = call(capfd, *predict)
     assert status == 0, err
