@@ -28,7 +28,6 @@ from syncnorm.comm.handles import (
     NotMember,
     Spec,
     existing_group,
-    rule_of,
     to_handle,
     to_name,
     to_user,
@@ -54,6 +53,7 @@ __all__ = [
     "NotMember",
     "Rule",
     "Spec",
+    "cut",
     "device_for",
     "existing_group",
     "is_shared",
@@ -63,7 +63,6 @@ __all__ = [
     "parent_and_rule",
     "rank",
     "ranks",
-    "rule_of",
     "set_machines",
     "statistics_group",
     "to_handle",
@@ -151,8 +150,10 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
     return None if len(key[1]) == 1 else workers.made[key]
 
 
-def least_size(handle: GroupHandle, world_size: int) -> int | None:
-    """The size of the smallest group, if there were `world_size` ranks; None if not known yet.
+def cut(handle: GroupHandle, world_size: int) -> tuple[tuple[int, ...], ...] | None:
+    """The parts that pool, if there were `world_size` ranks; None if not known yet.
+
+    Two handles of one cut share their groups. Of a group that was given it is the one part.
 
     *Collectives*: none, and no group is made.
 
@@ -161,13 +162,17 @@ def least_size(handle: GroupHandle, world_size: int) -> int | None:
     """
     if isinstance(handle, GivenGroup | Ranks):
         members = handle if isinstance(handle, Ranks) else handle.members
-        return len(members.members)
+        return (members.members,)
     machines = _workers().machines if is_initialized() else []
     if isinstance(handle, NotMember) or (handle == "node" and len(machines) != world_size > 1):
         return None
-    return min(
-        len(part) for part in rules.parts(handle or "world", world_size, lambda: machines or [""])
-    )
+    return tuple(rules.parts(handle or "world", world_size, lambda: machines or [""]))
+
+
+def least_size(handle: GroupHandle, world_size: int) -> int | None:
+    """The size of the smallest part, see `cut`."""
+    parts = cut(handle, world_size)
+    return None if parts is None else min(map(len, parts))
 
 
 def _check_alone(handle: GroupHandle) -> None:

@@ -130,11 +130,6 @@ def to_user(handle: GroupHandle) -> Spec:
     return handle.given if isinstance(handle, GivenGroup) else handle
 
 
-def rule_of(handle: GroupHandle) -> Rule | NotMember:
-    """The ranks of the handle in a form that can be compared and hashed."""
-    return handle.rule if isinstance(handle, GivenGroup) else handle or "world"
-
-
 def existing_group(process_group: Spec) -> Group | None:
     """The process group of a group, a mesh or None; None without torch.distributed.
 

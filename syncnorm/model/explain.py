@@ -188,7 +188,7 @@ def explain(
         lints += faults
     least = _least_sizes(parts.values())
     for number, part in parts.items():
-        messages, numbers = _traffic(part, least.get(part.rule, 0))
+        messages, numbers = _traffic(part, least.get(part.cut, 0))
         rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
     return Explanation(rows, lints, *_totals(list(parts.values()), least), is_alone and bool(parts))
 
@@ -197,7 +197,8 @@ class _Part(NamedTuple):
     """The part of a layer in the messages of a step."""
 
     mode: Mode
-    rule: groups.Rule | groups.NotMember
+    cut: tuple[tuple[int, ...], ...]
+    """The workers that pool together: layers of one cut share a process group."""
     workers: int
     """Number that take part."""
     channels: int
@@ -228,9 +229,10 @@ def _explain(
         mode, kept = mode_of(layer.sync), layer.workers
     row = replace(row, sync=mode.name)
     try:
-        group = groups.least_size(kept, world) if mode.is_pooled else 1
+        cut = groups.cut(kept, world) if mode.is_pooled else ((0,),)
     except InputError as error:
         return None, row, [f"{name or 'the layer'}: {error}"]
+    group = None if cut is None else min(map(len, cut))
     workers = group if mode.normalizes_pooled else 1
     row = replace(row, workers=workers, **_schedule(layer))
     if shapes and workers is not None:
@@ -245,11 +247,11 @@ def _explain(
             may_pool = workers < world or is_alone
             row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), may_pool))
     channels, calls = layer.num_features, 1 if shapes is None else len(shapes)
-    if group is None or not channels:
+    if cut is None or group is None or not channels:
         return None, row, []
     own = layer.message_sizes() if isinstance(layer, Pooling) else mode.own_sizes(channels)
     room = exchange.size_of(largest_message(layer))
-    return _Part(mode, groups.rule_of(kept), group, channels, own * calls, room), row, []
+    return _Part(mode, cut, group, channels, own * calls, room), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -280,7 +282,7 @@ def _least_sizes(parts: Iterable[_Part]) -> dict[Any, int]:
     least: dict[Any, int] = {}
     for part in parts:
         if part.mode.is_pooled:
-            least[part.rule] = max(least.get(part.rule, 0), part.room)
+            least[part.cut] = max(least.get(part.cut, 0), part.room)
     return least
 
 
@@ -298,11 +300,11 @@ def _totals(parts: list[_Part], least: Mapping[Any, int]) -> tuple[int, int]:
     together: dict[tuple[str, Any, int], list[_Part]] = {}
     for part in parts:
         if part.workers > 1:
-            sizes += [exchange.size_of(size, least[part.rule]) for size in part.own]
-            together.setdefault((part.mode.name, part.rule, part.workers), []).append(part)
-    for (_, rule, workers), some in together.items():
+            sizes += [exchange.size_of(size, least[part.cut]) for size in part.own]
+            together.setdefault((part.mode.name, part.cut, part.workers), []).append(part)
+    for (_, cut, workers), some in together.items():
         flat = some[0].mode.flat_sizes([part.channels for part in some], workers)
-        sizes += [exchange.size_of(size, least[rule]) for size in flat]
+        sizes += [exchange.size_of(size, least[cut]) for size in flat]
     return len(sizes), 8 * sum(sizes)
 
 

@@ -114,6 +114,30 @@ def test_messages_bytes_and_counts_are_those_of_training(pool, sync, process_gro
             assert counts == [*values[:2], None]
 
 
+def _said_and_done_by_several_names() -> list[tuple[int, int]]:
+    """Messages and bytes of layers whose groups are the same workers, said in three ways."""
+    specs: list[groups.Spec] = [None, "node", dist.get_world_size()]
+    model = nn.Sequential(
+        *(SyncBatchNorm(4, process_group=spec, sync="running") for spec in specs),
+        *(SyncBatchNorm(4, process_group=spec) for spec in specs),
+        nn.Conv1d(4, 9, 1),
+        SyncBatchNorm(9),
+    )
+    prepare_ddp(model)
+    x = torch.randn(5, 4, 3)
+    with exchange.record() as made:
+        model(x).square().sum().backward()
+    said = explain(model, x)
+    return [(said.messages, said.bytes), (len(made), 8 * sum(one.numel for one in made))]
+
+
+def test_groups_of_the_same_workers_are_one_whatever_they_are_called(pool):
+    for said, done in pool(3).run(_said_and_done_by_several_names):
+        assert said == done
+    layers = [SyncBatchNorm(2, sync="running", process_group=spec) for spec in (None, 4)]
+    assert explain(nn.Sequential(*layers), world_size=4).messages == 1
+
+
 def test_other_numbers_of_workers():
     x = torch.zeros(4, 2, 3)
     for spec, world_size, workers in (
