@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from syncnorm.errors import InputError
 from syncnorm.merge import operations
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
+from syncnorm.model.modes import in_mode
 
 
 class Place(NamedTuple):
@@ -53,14 +54,19 @@ def channels(model: nn.Module) -> list[Channels]:
     """Find the sets of channels whose order is free. Nothing is computed.
 
     Channels that are added to each other are one set; so are those on both sides of a normalisation
-    layer or an activation.
+    layer or an activation. Where the model's present mode leaves out layers, such as an auxiliary
+    classifier in evaluation, the other mode is read, too.
 
     Raises:
         InputError: the network cannot be traced, or does something that is not understood.
     """
     reader = _Reader(model)
-    for node in trace(model).nodes:
-        reader.read(node)
+    reader.read_all(trace(model))
+    if reader.has_unread_layers():
+        # The other mode may compute something of its own from the same channels.
+        with in_mode(model, is_training=not model.training):
+            graph = trace(model)
+        reader.read_all(graph)
     return reader.sets()
 
 
@@ -89,6 +95,17 @@ class _Reader:
         self.parent: list[int] = []
         self.at: dict[tuple[str, int], int] = {}
         self.values: dict[fx.Node, _Value | None] = {}
+        self.called: set[nn.Module] = set()
+
+    def read_all(self, graph: fx.Graph) -> None:
+        """Find out the values of a trace; what another one has told of the same tensors stays true."""
+        for node in graph.nodes:
+            self.read(node)
+
+    def has_unread_layers(self) -> bool:
+        """True if some module with parameters of its own was not called."""
+        rest = (m for m in self.model.modules() if m not in self.called)
+        return any(True for m in rest for _ in m.parameters(recurse=False))
 
     def read(self, node: fx.Node) -> None:
         """Find out the value of a node from those before it."""
@@ -111,6 +128,7 @@ class _Reader:
 
     def through_module(self, node: fx.Node, known: list[_Value]) -> _Value:
         module = self.model.get_submodule(str(node.target))
+        self.called.update(module.modules())
         if len(known) != 1:
             raise self.refusal(node, "a layer of several inputs")
         (x,) = known

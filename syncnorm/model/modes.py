@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -33,14 +33,19 @@ def begin_training(model: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all of `model` into evaluation mode within the block, then restore each module's mode."""
+def in_mode(model: nn.Module, is_training: bool) -> Iterator[None]:
+    """Put all of `model` into a mode within the block, then restore each module's mode."""
     before = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(is_training)
     try:
         yield
     finally:
         put_modes(before)
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Put all of `model` into evaluation mode within the block, then restore each module's mode."""
+    return in_mode(model, is_training=False)
 
 
 def put_modes(modes: Mapping[nn.Module, bool]) -> None:

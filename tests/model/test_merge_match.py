@@ -259,6 +259,41 @@ def test_a_view_of_the_number_of_samples_flattens(first):
     torch.testing.assert_close(match_weights(a, b)(x), b(x))
 
 
+class Auxiliary(nn.Module):
+    """Two modes, each with a classifier of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(2, 6, 3), SyncBatchNorm(6), nn.ReLU())
+        self.in_training, self.in_evaluation = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(x).mean((2, 3))
+        return self.in_training(x) if self.training else self.in_evaluation(x)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_what_one_mode_alone_computes_stays_the_same(is_training):
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks.append(Auxiliary().double().train(is_training))
+    a, b = networks
+    matched = match_weights(a, b)
+    assert matched.training == b.training == is_training
+    assert not torch.equal(matched.trunk[0].weight, b.trunk[0].weight), "some order is better"
+    for mode in (False, True):
+        expected = copy.deepcopy(b).train(mode)(_images())
+        assert (copy.deepcopy(matched).train(mode)(_images()) - expected).abs().max() < 1e-10
+
+
+def test_what_one_mode_alone_computes_is_refused_where_it_is_not_understood():
+    model = Auxiliary().eval()
+    model.in_training = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 4))
+    with pytest.raises(InputError, match="got a layer of Unflatten at"):
+        match_weights(model, model)
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
