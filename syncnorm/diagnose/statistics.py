@@ -33,8 +33,7 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
     mean and var are those of all batches, as training normalises the layers before, weighted by
     masks; `loss` is that of training, of evaluation, and of evaluation by mean and var, unbiased as
     running variances are (layers with other running statistics keep theirs). values is the number
-    per channel in a statistic. Nothing is flat where
-    there are not several values.
+    per channel in a statistic. Nothing is flat where there are not several values.
 
     *Statistics*: those of the training, running statistics frozen. m2 is the sum of squared
     deviations, a part what one worker of the training has, on however many workers this is computed.
